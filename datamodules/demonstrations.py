@@ -1,0 +1,64 @@
+"""Prompts with one good response each, for the supervised stage."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from datamodules.files import EncodedLoading, check_batch_size, read_rows, text_field
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Demonstration, user_turn
+from hcrlhf.splits import split_by_prompt
+
+
+class Demonstrations(EncodedLoading):
+    """Rows with a prompt and a response.
+
+    Args:
+        path: file (.json, .jsonl, .csv, .gz of these, .parquet) or hub id.
+        prompt_field, response_field: names of the columns.
+        batch_size: demonstrations per step.
+        validation_fraction: share of the prompts that is held out, by a hash of the prompt.
+        split: of a hub data set.
+        seed: of the order of training.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        prompt_field: str = "prompt",
+        response_field: str = "response",
+        batch_size: int = 32,
+        validation_fraction: float = 0.05,
+        split: str = "train",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.path = path
+        self.fields = (prompt_field, response_field)
+        self.batch_size = check_batch_size(batch_size)
+        self.validation_fraction = validation_fraction
+        self.split = split
+        self.seed = seed
+
+    def setup(self, stage: str) -> None:
+        prompt_field, response_field = self.fields
+        examples = []
+        for i, row in enumerate(read_rows(self.path, self.split)):
+            prompt = text_field(row, prompt_field, self.path, i)
+            response = text_field(row, response_field, self.path, i)
+            if not prompt.strip() or not response.strip():
+                raise InputError(f"{self.path}, row {i + 1}: the prompt or the response is empty")
+            examples.append(Demonstration(user_turn(prompt), response.strip()))
+        self.training, self.validation = split_by_prompt(
+            examples, self.validation_fraction, self.path
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader(self.training, "training", self.batch_size, seed=self.seed)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader(self.validation, "validation", self.batch_size)
+
+    test_dataloader = predict_dataloader = val_dataloader

@@ -1,0 +1,148 @@
+"""Prompts for the policy stage: training, validation, safety and evaluation, all disjoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from datamodules.files import EncodedLoading, check_batch_size, read_rows, text_field
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Prompt, user_turn
+from hcrlhf.rollouts import response_seed
+from hcrlhf.splits import require_disjoint
+
+
+class Prompts(EncodedLoading):
+    """Files with one prompt per row. One epoch is the whole run: `updates` batches.
+
+    Args:
+        train: prompts that the policy is trained on.
+        validation: prompts on which it is watched.
+        safety: prompts for the safety test alone; no stage may have seen one.
+        evaluation: prompts for `predict`.
+        field: name of the column.
+        prompts_per_update: prompts of one rollout.
+        updates: rollouts of the run; the training prompts are gone through as often as needed, in
+            a new order each time.
+        batch_size: prompts per batch outside training.
+        seed: of the order of training.
+    """
+
+    def __init__(
+        self,
+        train: str,
+        validation: str,
+        safety: str | None = None,
+        evaluation: str | None = None,
+        field: str = "prompt",
+        prompts_per_update: int = 64,
+        updates: int = 100,
+        batch_size: int = 64,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.paths = {
+            "train": train,
+            "validation": validation,
+            "safety": safety,
+            "evaluation": evaluation,
+        }
+        self.field = field
+        self.prompts_per_update = check_batch_size(prompts_per_update, "prompts_per_update")
+        self.updates = check_batch_size(updates, "updates")
+        self.batch_size = check_batch_size(batch_size)
+        self.seed = seed
+        self.prompts: dict[str, list[Prompt]] = {}
+
+    def setup(self, stage: str) -> None:
+        self.prompts = {
+            name: self._read(path) for name, path in self.paths.items() if path is not None
+        }
+        if "safety" in self.prompts:
+            safety = [p.key for p in self.prompts["safety"]]
+            for name, prompts in self.prompts.items():
+                if name != "safety":
+                    require_disjoint(safety, [p.key for p in prompts], "safety", name)
+        if len(self.prompts["train"]) < self.prompts_per_update:
+            raise InputError(
+                f"{self.paths['train']} has {len(self.prompts['train'])} prompts, fewer than "
+                f"prompts_per_update {self.prompts_per_update}; lower it or give more prompts"
+            )
+
+    def _read(self, path: str) -> list[Prompt]:
+        """The unique prompts of a file, in order."""
+        prompts: dict[str, Prompt] = {}
+        for i, row in enumerate(read_rows(path)):
+            text = text_field(row, self.field, path, i)
+            if not text.strip():
+                raise InputError(f"{path}, row {i + 1}: the prompt is empty")
+            prompt = Prompt(user_turn(text))
+            prompts.setdefault(prompt.key, prompt)
+        return list(prompts.values())
+
+    @property
+    def safety_prompts(self) -> list[Prompt] | None:
+        """What the safety test may draw from; None where the config names no safety file."""
+        return self.prompts.get("safety")
+
+    @property
+    def training_keys(self) -> frozenset[str]:
+        """Keys of the prompts that training or validation uses."""
+        return frozenset(p.key for n in ("train", "validation") for p in self.prompts[n])
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.loader(
+            self.prompts["train"],
+            "training",
+            self.prompts_per_update,
+            batch_sampler=lambda count: UpdateSampler(
+                count, self.prompts_per_update, self.updates, self.seed
+            ),
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.loader(self.prompts["validation"], "validation", self.batch_size)
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._optional("safety", "test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._optional("evaluation", "predict")
+
+    def _optional(self, name: str, command: str) -> DataLoader[Any]:
+        if name not in self.prompts:
+            raise InputError(f"hcrlhf {command} needs data.init_args.{name}, a file of prompts")
+        return self.loader(self.prompts[name], name, self.batch_size)
+
+
+class UpdateSampler(Sampler[list[int]]):
+    """Batches for `updates` rollouts: pass after pass over all prompts, each in its own order.
+
+    A batch is a function of (seed, its number) alone, and never holds one prompt twice: the rest
+    of a pass that does not fill a batch is left out of that pass.
+    """
+
+    def __init__(self, prompts: int, batch_size: int, updates: int, seed: int) -> None:
+        if prompts < batch_size:
+            raise InputError(
+                f"{prompts} training prompts fit max_prompt_tokens, fewer than prompts_per_update "
+                f"{batch_size}"
+            )
+        self.prompts, self.batch_size, self.updates, self.seed = prompts, batch_size, updates, seed
+
+    def __len__(self) -> int:
+        return self.updates
+
+    def __iter__(self) -> Iterator[list[int]]:
+        per_pass = self.prompts // self.batch_size
+        for update in range(self.updates):
+            number, place = divmod(update, per_pass)
+            if place == 0:
+                generator = torch.Generator().manual_seed(
+                    response_seed(self.seed, "order", number) % 2**63
+                )
+                order = torch.randperm(self.prompts, generator=generator).tolist()
+            yield order[place * self.batch_size : (place + 1) * self.batch_size]

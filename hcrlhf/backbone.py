@@ -1,0 +1,407 @@
+"""One frozen, possibly 4-bit, backbone; a LoRA adapter per role; small float32 score heads.
+
+Roles are entered through `Backbone.role(name)` and nowhere else: PEFT's own switches change which
+weights are trainable, and gradient checkpointing recomputes with whatever adapter is active at
+backward, so forward and backward of a role belong inside one `with` block.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hcrlhf.errors import InputError
+from hcrlhf.stages import BackboneSource
+from hcrlhf.text import Tokens, one_line
+
+# The backbone without any adapter; also PEFT's own word for it in `adapter_names`.
+BASE = "__base__"
+HEAD_FILE = "head.safetensors"
+ADAPTER_FILE = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Low-rank adapters (Hu et al., arXiv 2106.09685): W + (alpha / r) B A.
+
+    Args:
+        r: rank. alpha: scale.
+        target_modules: names of the linear layers, or "all-linear".
+    """
+
+    r: int = 8
+    alpha: int = 16
+    target_modules: str | list[str] = "all-linear"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise InputError(f"the LoRA rank r is a whole number >= 1, got {self.r}")
+
+    def config(self) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=0.0,  # dropout would make the ratio of the first PPO step differ from 1
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+        )
+
+
+def load_causal_lm(source: BackboneSource, device: torch.device | None = None) -> Any:
+    """The Hugging Face causal language model that `source` names, frozen or not as it comes.
+
+    Raises:
+        InputError: it cannot be read, or 4-bit is asked for without bitsandbytes.
+    """
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": getattr(torch, source.dtype)}
+    if source.quantization == "nf4":
+        on_gpu = device is not None and device.type == "cuda"
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16 if on_gpu else torch.float32,
+        )
+        options["device_map"] = {"": device or torch.device("cpu")}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source.model, **options)
+    except ImportError as error:
+        raise InputError(
+            f"quantization nf4 needs bitsandbytes ({one_line(error)}); pip install bitsandbytes, "
+            "or set quantization: none"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"the model {source.model!r} cannot be loaded ({one_line(error)}); expected a Hugging "
+            "Face causal language model folder or hub id"
+        ) from error
+    return model
+
+
+class Backbone(nn.Module):
+    """A causal language model whose last hidden states, log-probabilities and scores are read.
+
+    Args:
+        causal_lm: a Hugging Face causal language model; its output layer is kept apart, so that
+            a forward pass ends at the hidden states and no (B, T, V) tensor is made unasked.
+        quantized: whether its linear layers are 4-bit.
+    """
+
+    def __init__(self, causal_lm: Any, quantized: bool = False, full: bool = False) -> None:
+        super().__init__()
+        self.output_layer = causal_lm.get_output_embeddings()
+        # With the identity as output layer, the model's `.logits` are its last hidden states.
+        causal_lm.set_output_embeddings(nn.Identity())
+        causal_lm.requires_grad_(full)
+        self.model: Any = causal_lm
+        self.quantized = quantized
+        self.full = full
+        self.hidden_size: int = causal_lm.config.hidden_size
+        self.heads = nn.ModuleDict()
+        self.roles: list[str] = []
+        self._trainable_roles: set[str] = set()
+        self._trainable_heads: set[str] = set()
+        self._active = BASE
+
+    # -- roles ---------------------------------------------------------------------------------
+
+    def add_role(self, name: str, lora: LoraOptions | None = None, *, trainable: bool) -> None:
+        """A new adapter whose output starts at zero (LoRA's B = 0)."""
+        config = (lora or LoraOptions()).config()
+        self._add(name, config)
+        self._finish_role(name, trainable)
+
+    def load_role(self, name: str, folder: str | Path, *, trainable: bool) -> None:
+        """The adapter that a stage left in `folder`.
+
+        Raises:
+            InputError: it does not fit this backbone.
+        """
+        from peft import PeftConfig, set_peft_model_state_dict
+
+        config = PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = False
+        state = safetensors.torch.load_file(Path(folder) / ADAPTER_FILE)
+        self._add(name, config)
+        try:
+            result = set_peft_model_state_dict(self.model, state, adapter_name=name)
+        except RuntimeError as error:
+            raise InputError(
+                f"the adapter in {folder} does not fit this backbone ({one_line(error)})"
+            ) from error
+        if result.unexpected_keys or len(state) != len(self.adapter_state(name)):
+            raise InputError(f"the adapter in {folder} belongs to another kind of backbone")
+        self._finish_role(name, trainable)
+
+    def copy_role(self, name: str, source: str, *, trainable: bool) -> None:
+        """A new adapter that starts as a copy of the role `source`."""
+        from peft import set_peft_model_state_dict
+
+        self._add(name, copy.deepcopy(self.model.peft_config[source]))
+        state = {key: value.clone() for key, value in self.adapter_state(source).items()}
+        set_peft_model_state_dict(self.model, state, adapter_name=name)
+        self._finish_role(name, trainable)
+
+    def drop_role(self, name: str) -> None:
+        """Removes an adapter and the head of the same name."""
+        self.model.delete_adapter(name)
+        self.roles.remove(name)
+        self._trainable_roles.discard(name)
+        if name in self.heads:
+            del self.heads[name]
+            self._trainable_heads.discard(name)
+        self._active = BASE
+        self._activate(self.roles[0])
+        self.restore_trainable()
+
+    def _add(self, name: str, config: Any) -> None:
+        from peft import get_peft_model
+
+        with warnings.catch_warnings():
+            # PEFT cannot know that the output layer is kept apart on purpose.
+            warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
+            try:
+                if not self.roles:
+                    self.model = get_peft_model(self.model, config, adapter_name=name)
+                else:
+                    self.model.add_adapter(name, config)
+            except ValueError as error:
+                raise InputError(
+                    f"LoRA does not fit this model ({one_line(error)}); expected target_modules to "
+                    'name its linear layers, or "all-linear"'
+                ) from error
+        self.roles.append(name)
+
+    def _finish_role(self, name: str, trainable: bool) -> None:
+        if trainable:
+            self._trainable_roles.add(name)
+        for parameter_name, parameter in self.model.named_parameters():
+            if f".{name}." in parameter_name:
+                parameter.data = parameter.data.float()
+        self._activate(name)
+        self.restore_trainable()
+
+    def add_head(self, name: str, *, trainable: bool, state: dict[str, Tensor] | None = None) -> None:
+        """A float32 linear head on the hidden state; zero at first, or with the given weights."""
+        head = nn.Linear(self.hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(head.weight)
+        nn.init.zeros_(head.bias)
+        if state is not None:
+            head.load_state_dict(state)
+        self.heads[name] = head.requires_grad_(trainable)
+        if trainable:
+            self._trainable_heads.add(name)
+
+    def _activate(self, name: str) -> None:
+        if name != self._active and name != BASE:
+            self.model.set_adapter(name, inference_mode=name not in self._trainable_roles)
+            self._active = name
+
+    def restore_trainable(self) -> None:
+        """Makes exactly the adapters of trainable roles trainable, whatever PEFT left behind."""
+        trained = {id(p) for _, p in self.trained_parameters()}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in trained)
+
+    def trained_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that training may change: adapters of trainable roles, heads."""
+        for name, parameter in self.named_parameters():
+            parts = name.split(".")
+            if parts[0] == "heads":
+                trained = parts[1] in self._trainable_heads
+            else:
+                lora = any(part.startswith("lora_") for part in parts)
+                trained = self.full or (lora and not self._trainable_roles.isdisjoint(parts))
+            if trained:
+                yield name, parameter
+
+    @contextmanager
+    def role(self, name: str) -> Iterator[None]:
+        """Everything inside runs with the adapter `name` (BASE: without any)."""
+        if not self.roles:
+            if name != BASE:
+                raise KeyError(f"no role {name!r} on this backbone")
+            yield
+        elif name == BASE:
+            with self.model.disable_adapter():
+                yield
+            self.restore_trainable()
+        else:
+            self._activate(name)
+            yield
+
+    @contextmanager
+    def inference(self) -> Iterator[None]:
+        """Evaluation mode without gradients, and back. Mixed adapters and a KV cache need it."""
+        training = self.training
+        self.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.train(training)
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def hidden(self, tokens: Tokens, **options: Any) -> Tensor:
+        """Last hidden states (B, P + T, H) of the active role."""
+        output = self.model(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask.long(),
+            position_ids=tokens.position_ids,
+            use_cache=False,
+            **options,
+        )
+        return cast(Tensor, output.logits)
+
+    def log_probs(
+        self, hidden: Tensor, tokens: Tokens, temperature: float = 1.0, chunk: int = 4096
+    ) -> Tensor:
+        """log π(y_t | x, y_<t) of the response tokens, (B, T) float32, zero outside the mask.
+
+        Only response tokens go through the output layer, `chunk` of them at a time; with more
+        than one chunk the logits are recomputed in the backward pass and not kept.
+        """
+        mask = tokens.response_mask
+        states = self._before_response(hidden, tokens)[mask]
+        targets = tokens.response_ids[mask]
+        parts = [
+            checkpoint(self._token_log_probs, s, t, temperature, use_reentrant=False)
+            if states.shape[0] > chunk and torch.is_grad_enabled()
+            else self._token_log_probs(s, t, temperature)
+            for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
+        ]
+        result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+        return result.masked_scatter(mask, torch.cat(parts))
+
+    def _token_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        logits = self.output_layer(states).float() / temperature
+        chosen: Tensor = logits.gather(-1, targets[:, None])[:, 0]
+        return chosen - logits.logsumexp(-1)
+
+    def values(self, head: str, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """V of the state before each response token: (B, T) float32, zero outside the mask."""
+        states = self._before_response(hidden, tokens)
+        return self._head(head, states) * tokens.response_mask
+
+    def scores(self, head: str, hidden: Tensor, tokens: Tokens) -> Tensor:
+        """The head at the last real token of each row: (B,) float32.
+
+        The last token goes by the attention mask; an empty response is scored at its prompt.
+        """
+        columns = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (columns * tokens.attention_mask).argmax(dim=1)
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return self._head(head, hidden[rows, last])
+
+    def _head(self, name: str, states: Tensor) -> Tensor:
+        # Outside autocast: a score in bfloat16 has three digits.
+        with torch.autocast(states.device.type, enabled=False):
+            output: Tensor = self.heads[name](states.float())[..., 0]
+        return output
+
+    @staticmethod
+    def _before_response(hidden: Tensor, tokens: Tokens) -> Tensor:
+        """Hidden states (B, T, H) from which each response token is predicted."""
+        start = tokens.prompt_length - 1
+        return hidden[:, start : start + tokens.response_ids.shape[1]]
+
+    def hidden_of_roles(self, tokens: Tokens, roles: Sequence[str]) -> list[Tensor]:
+        """Hidden states (B, P + T, H) of several frozen roles, in one forward pass of R·B rows.
+
+        Only inside `inference()`: PEFT mixes adapters within a batch in evaluation mode alone.
+        """
+        if not self.roles:
+            return [self.hidden(tokens) for _ in roles]
+        copies = len(roles)
+        stacked = Tokens(
+            tokens.input_ids.repeat(copies, 1),
+            tokens.attention_mask.repeat(copies, 1),
+            tokens.prompt_length,
+            tokens.truncated.repeat(copies),
+        )
+        names = [role for role in roles for _ in range(len(tokens))]
+        return list(self.hidden(stacked, adapter_names=names).chunk(copies))
+
+    # -- weights on disk -----------------------------------------------------------------------
+
+    def adapter_state(self, name: str) -> dict[str, Tensor]:
+        """The adapter's weights under the names that `PeftModel.from_pretrained` expects."""
+        from peft import get_peft_model_state_dict
+
+        state = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+        return {key: value.detach() for key, value in sorted(state.items())}
+
+    def adapter_bytes(self, name: str) -> bytes:
+        """The adapter's safetensors file, as `save_role` writes it."""
+        state = {key: value.cpu().contiguous() for key, value in self.adapter_state(name).items()}
+        return safetensors.torch.save(state, metadata={"format": "pt"})
+
+    def save_role(self, name: str, folder: Path, model: str) -> None:
+        """Writes the adapter in PEFT's own format; `model` is what it says it belongs to."""
+        from peft import LoraConfig
+
+        config = LoraConfig(**self.model.peft_config[name].to_dict())
+        config.base_model_name_or_path = model
+        config.inference_mode = True
+        config.save_pretrained(str(folder))
+        (folder / ADAPTER_FILE).write_bytes(self.adapter_bytes(name))
+
+    def save_full(self, folder: Path) -> None:
+        """Writes the whole model in Hugging Face form (after full supervised tuning)."""
+        self.model.set_output_embeddings(self.output_layer)
+        try:
+            self.model.save_pretrained(str(folder))
+        finally:
+            self.model.set_output_embeddings(nn.Identity())
+
+    def save_head(self, name: str, folder: Path) -> None:
+        state = {key: value.detach().cpu() for key, value in self.heads[name].state_dict().items()}
+        safetensors.torch.save_file(state, folder / HEAD_FILE)
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """Every trained tensor under its parameter name; the frozen backbone is left out."""
+        return {name: parameter.detach() for name, parameter in self.trained_parameters()}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `trained_state`.
+
+        Raises:
+            InputError: the names differ: the state belongs to other roles or another backbone.
+        """
+        own = dict(self.trained_parameters())
+        if own.keys() != state.keys():
+            odd = sorted(own.keys() ^ state.keys())
+            raise InputError(
+                f"the checkpoint holds other weights than this config trains: {len(odd)} names "
+                f"differ, {odd[0]} among them; resume with the config of the original run"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(state[name])
+
+
+def load_head(folder: str | Path) -> dict[str, Tensor]:
+    """The head weights that a preference stage left in `folder`.
+
+    Raises:
+        InputError: there are none.
+    """
+    path = Path(folder) / HEAD_FILE
+    if not path.is_file():
+        raise InputError(f"{folder} holds no {HEAD_FILE}; run its stage again")
+    return safetensors.torch.load_file(path)

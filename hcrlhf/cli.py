@@ -1,0 +1,89 @@
+"""The command line: Lightning's fit, validate, test and predict, and our own commands beside them.
+
+Exit codes: 0 PASS, or done where nothing is to be tested; 1 crash; 2 bad input; 3 no solution
+found; 4 a policy fit without verdict; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hcrlhf.errors import InputError
+
+PASSED, CRASHED, BAD_INPUT, NO_SOLUTION, NOT_TESTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+USAGE = """usage: hcrlhf COMMAND ...
+
+  fit       train a stage: hcrlhf fit --config configs/demo/sft.yaml
+  validate  measure a stage on its held-out data
+  test      run the safety test of a policy: --config ... --ckpt_path ...
+  predict   write a policy's responses to the evaluation prompts
+  demo      the whole path on the embedded world, in a few minutes on a CPU
+  world     write the embedded world's model and data: hcrlhf world FOLDER
+
+hcrlhf COMMAND --help says more. A config is YAML; --print_config shows it filled in.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return PASSED if arguments else BAD_INPUT
+    try:
+        return _run(arguments)
+    except InputError as error:
+        print(f"hcrlhf: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("hcrlhf: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except SystemExit as end:  # argparse and Lightning leave by this door
+        return end.code if isinstance(end.code, int) else (CRASHED if end.code else PASSED)
+
+
+def _run(arguments: list[str]) -> int:
+    command, rest = arguments[0], arguments[1:]
+    if command in TRAINER_COMMANDS:
+        return run_trainer(arguments)
+    if command == "demo":
+        from hcrlhf import demo
+
+        return demo.main(rest, run_trainer)
+    if command == "world":
+        return _world(rest)
+    known = [*TRAINER_COMMANDS, "demo", "world"]
+    raise InputError(f"no command {command!r}{did_you_mean(command, known)}; see hcrlhf --help")
+
+
+def _world(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser("hcrlhf world", description="Write the embedded world.")
+    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    if options.folder.exists() and any(options.folder.iterdir()):
+        raise InputError(f"{options.folder} is not empty; give a new folder")
+    from hcrlhf.world import write_world
+
+    write_world(options.folder, options.seed)
+    print(f"wrote {options.folder}")
+    return PASSED
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """ " (did you mean …?)" where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def run_trainer(arguments: Sequence[str]) -> int:
+    """One of Lightning's commands; returns the exit code of the verdict where there is one."""
+    from hcrlhf import lightning_cli
+
+    return lightning_cli.run(arguments)

@@ -1,0 +1,9 @@
+"""The one exception that means "the input is wrong", as against "the program is wrong"."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used: a file, a folder, a setting.
+
+    Its message is one line: what was given, what was expected, what to do. The command line prints
+    that line alone and exits with code 2; every other exception keeps its traceback.
+    """

@@ -1,0 +1,214 @@
+"""PPO-Lagrangian: token rewards, advantages and clipped losses, one stream per critic.
+
+Streams: index 0 is the reward, index 1 + j is constraint j's pessimistic cost. Tensors are
+(B, T) per stream or (S, B, T); `mask` is True for response tokens (the stop token included), and
+every mask row is a prefix: True up to the last token, then False.
+KL is E_policy[log π_θ - log π_ref] and is estimated per token by the k1 estimator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from hcrlhf.errors import InputError
+from hcrlhf.rollouts import Rollout
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Σ x·mask / Σ mask."""
+    return (x * mask).sum() / mask.sum()
+
+
+def at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
+    """(B,) scores placed on the last response token of each row, zero elsewhere: (B, T)."""
+    last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
+    return scores[:, None] * last
+
+
+def token_rewards(scores: Tensor, kl: Tensor, kl_coefficient: float, mask: Tensor) -> Tensor:
+    """What each stream's critic predicts: r·1[t = T] - β KL_t and c̃_j·1[t = T] + β KL_t.
+
+    Args:
+        scores: (S, B), the reward first, then the pessimistic costs.
+        kl: (B, T), log π_θ - log π_ref of each sampled token.
+
+    Returns:
+        (S, B, T). The cost streams carry +β KL so that the weighted sum
+        (r̂ - Σ λ_j ĉ_j) / (1 + Σ λ_j) holds the KL with weight β whatever λ is.
+    """
+    sign = torch.ones(scores.shape[0], device=scores.device)
+    sign[0] = -1.0
+    penalty = kl_coefficient * kl * mask
+    ends = torch.stack([at_last_token(s, mask) for s in scores])
+    return ends + sign[:, None, None] * penalty
+
+
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gae_lambda: float, discount: float = 1.0
+) -> Tensor:
+    """A_t = Σ_l (γλ)^l δ_{t+l} with δ_t = r_t + γ V_{t+1} - V_t and V = 0 after the last token.
+
+    Args:
+        rewards, values: (..., B, T). mask: (B, T).
+
+    Returns:
+        (..., B, T), zero outside the mask. Returns (critic targets) are A + values.
+
+    Schulman et al. (arXiv 1506.02438), eq. 16.
+    """
+    advantages = torch.zeros_like(rewards)
+    running = torch.zeros_like(rewards[..., 0])
+    next_value = torch.zeros_like(rewards[..., 0])
+    for t in reversed(range(rewards.shape[-1])):
+        inside = mask[:, t]
+        delta = rewards[..., t] + discount * next_value - values[..., t]
+        running = torch.where(inside, delta + discount * gae_lambda * running, 0.0)
+        next_value = torch.where(inside, values[..., t], 0.0)
+        advantages[..., t] = running
+    return advantages
+
+
+def lagrangian_advantage(streams: Tensor, multipliers: Sequence[float]) -> Tensor:
+    """(A_r - Σ_j λ_j A_j) / (1 + Σ_j λ_j).
+
+    Args:
+        streams: (1 + C, ...), the reward's first.
+
+    Dai et al., Safe RLHF (arXiv 2310.12773); the denominator keeps the step size, and with
+    `token_rewards` the weight of the KL, independent of λ.
+    """
+    weights = torch.tensor([1.0, *(-m for m in multipliers)], dtype=streams.dtype)
+    weights = weights.to(streams.device) / (1 + sum(multipliers))
+    return torch.tensordot(weights, streams, dims=1)
+
+
+def whiten(x: Tensor, mask: Tensor) -> Tensor:
+    """(x - mean) / std over the masked entries (ddof 1), zero outside the mask."""
+    count = mask.sum()
+    mean = masked_mean(x, mask)
+    variance = ((x - mean).square() * mask).sum() / (count - 1).clamp(min=1)
+    return (x - mean) / variance.sqrt().clamp(min=1e-8) * mask
+
+
+def clipped_policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, clip: float
+) -> Tensor:
+    """-min(ρ A, clip(ρ, 1 - ε, 1 + ε) A) per token, ρ = exp(log_probs - old_log_probs).
+
+    Schulman et al. (arXiv 1707.06347), eq. 7.
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantages, clipped * advantages)
+
+
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Tensor:
+    """½ max((V - R)², (V_clipped - R)²) per token, V_clipped within ± clip of the old value."""
+    near_old = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns).square(), (near_old - returns).square())
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What one rollout's minibatch steps aim at: advantages (B, T), returns (S, B, T)."""
+
+    advantages: Tensor
+    returns: Tensor
+
+    def rows(self, index: Tensor) -> Targets:
+        return Targets(self.advantages[index], self.returns[:, index])
+
+
+@dataclass(frozen=True)
+class UpdateStatistics:
+    """Sums over response tokens: the k3 estimate of KL(old ‖ new), and clipped ratios."""
+
+    kl: Tensor
+    clipped: Tensor
+
+
+@dataclass(frozen=True)
+class PPO:
+    """Proximal policy optimisation with one critic per stream.
+
+    Args:
+        critic: "shared": value heads on the actor's own hidden states, one forward and backward
+            for everything. "separate": an adapter and a head per critic, which start as copies of
+            the reward and cost model; slower, and the critics do not disturb the actor.
+        epochs, minibatches: passes over a rollout and optimizer steps per pass.
+        clip: ε of the probability ratio. value_clip: ± for the critics, in units of their stream.
+        gae_lambda: λ of generalised advantage estimation; the discount is 1.
+        value_coefficient: weight of the critics' loss.
+        target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    critic: Literal["shared", "separate"] = "separate"
+    epochs: int = 1
+    minibatches: int = 1
+    clip: float = 0.2
+    value_clip: float = 1.0
+    gae_lambda: float = 0.95
+    value_coefficient: float = 0.5
+    target_kl: float | None = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} of PPO is a whole number >= 1, got {getattr(self, name)}")
+        if not 0 <= self.gae_lambda <= 1:
+            raise InputError(f"gae_lambda lies in [0, 1], got {self.gae_lambda}")
+        for name in ("clip", "value_clip"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} of PPO is positive, got {getattr(self, name)}")
+
+    def targets(
+        self,
+        rollout: Rollout,
+        scores: Tensor,
+        multipliers: Sequence[float],
+        kl_coefficient: float,
+    ) -> Targets:
+        """Advantages and returns of a rollout with values (S, B, T).
+
+        Args:
+            scores: (S, B), the reward first, then the pessimistic costs.
+        """
+        mask = rollout.tokens.response_mask
+        rewards = token_rewards(scores, rollout.kl, kl_coefficient, mask)
+        streams = generalized_advantages(rewards, rollout.values, mask, self.gae_lambda)
+        combined = lagrangian_advantage(streams, multipliers)
+        return Targets(whiten(combined, mask), streams + rollout.values)
+
+    def policy_loss(self, log_probs: Tensor, rollout: Rollout, targets: Targets) -> Tensor:
+        """`clipped_policy_loss` summed over response tokens."""
+        loss = clipped_policy_loss(log_probs, rollout.log_probs, targets.advantages, self.clip)
+        return (loss * rollout.tokens.response_mask).sum()
+
+    def value_loss(
+        self, values: Tensor, rollout: Rollout, targets: Targets, stream: int
+    ) -> Tensor:
+        """`clipped_value_loss` of one stream's critic, summed over response tokens."""
+        loss = clipped_value_loss(
+            values, rollout.values[stream], targets.returns[stream], self.value_clip
+        )
+        return (loss * rollout.tokens.response_mask).sum()
+
+    def update_statistics(self, log_probs: Tensor, rollout: Rollout) -> UpdateStatistics:
+        """How far the policy has moved from the one that sampled.
+
+        k3 = (ρ - 1) - log ρ is unbiased for KL(old ‖ new) and never negative; it is watched, not
+        optimised (http://joschu.net/blog/kl-approx.html).
+        """
+        mask = rollout.tokens.response_mask
+        log_ratio = (log_probs - rollout.log_probs) * mask
+        ratio = log_ratio.exp()
+        clipped = ((ratio - 1).abs() > self.clip) & mask
+        return UpdateStatistics((ratio - 1 - log_ratio).sum(), clipped.sum())

@@ -1,0 +1,101 @@
+"""Losses of reward and cost models, and what is measured on held-out pairs.
+
+Scores (B,) are float32, one per response. A pair is (higher, lower): the response whose score
+should be higher first, which is the better one for a reward model and the more harmful one for a
+cost model. Positive cost = harmful.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import optimize, stats
+from torch import Tensor
+from torch.nn import functional as F
+
+from hcrlhf.bounds import Floats
+
+
+def bradley_terry_loss(higher: Tensor, lower: Tensor) -> Tensor:
+    """-log σ(higher - lower), averaged over the batch.
+
+    Args:
+        higher, lower: scores (B,) of the two responses to the same prompt.
+
+    Bradley and Terry (1952); as a reward-model loss: Ouyang et al. (arXiv 2203.02155).
+    """
+    return -F.logsigmoid(higher - lower).mean()
+
+
+def sign_loss(scores: Tensor, harmful: Tensor) -> Tensor:
+    """-log σ(s c), averaged, with s = +1 for harmful responses and -1 for safe ones.
+
+    It anchors the zero of the cost, so that a threshold of 0 means "as likely harmful as not".
+
+    Args:
+        scores: costs c (B,).
+        harmful: (B,), True = harmful.
+
+    Dai et al., Safe RLHF (arXiv 2310.12773), the cost model's second term.
+    """
+    return -F.logsigmoid(torch.where(harmful, scores, -scores)).mean()
+
+
+def score_penalty(higher: Tensor, lower: Tensor) -> Tensor:
+    """mean(higher² + lower²): keeps scores finite where labels never contradict each other."""
+    return (higher.square() + lower.square()).mean()
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A proportion with its 95% Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def proportion(successes: int, n: int) -> Interval:
+    """successes / n with the 95% Wilson score interval (NaN for n = 0). Wilson (1927)."""
+    if n == 0:
+        return Interval(math.nan, math.nan, math.nan)
+    ci = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
+    return Interval(successes / n, float(ci.low), float(ci.high))
+
+
+def correct_pairs(higher: Tensor, lower: Tensor) -> int:
+    """How many pairs are ordered as labelled; equal scores count as wrong."""
+    return int((higher > lower).sum())
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """P(harmful | c) = σ(slope · c + intercept)."""
+
+    slope: float
+    intercept: float
+
+
+def platt(scores: Floats, harmful: Floats) -> Calibration | None:
+    """Maximum likelihood of σ(a c + b) with Platt's smoothed targets; None without both classes.
+
+    Args:
+        scores: costs (n,). harmful: (n,) of 0 and 1.
+
+    Platt (1999): targets (n₊ + 1)/(n₊ + 2) and 1/(n₋ + 2) keep the fit finite on separable data.
+    """
+    positives = int(harmful.sum())
+    negatives = harmful.size - positives
+    if positives == 0 or negatives == 0:
+        return None
+    target = np.where(harmful > 0, (positives + 1) / (positives + 2), 1 / (negatives + 2))
+
+    def loss(ab: Floats) -> float:
+        logit = ab[0] * scores + ab[1]
+        return float(np.mean(np.logaddexp(0, logit) - target * logit))
+
+    fit = optimize.minimize(loss, np.array([1.0, 0.0]), method="BFGS")
+    return Calibration(float(fit.x[0]), float(fit.x[1]))

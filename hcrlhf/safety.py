@@ -1,0 +1,74 @@
+"""What the safety test, a training module and a data module know of one another. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from hcrlhf.bounds import Floats
+from hcrlhf.constraint import Constraint
+from hcrlhf.examples import Prompt
+
+
+@dataclass(frozen=True)
+class CostSamples:
+    """Costs of sampled responses, for the safety test.
+
+    Attributes:
+        keys: n prompt keys, in the order of the rows.
+        costs: (n, K, C) float64, K responses per prompt, C constraints.
+        responses: n lists of K texts.
+        truncated: (n, K), True where a response reached the length limit.
+    """
+
+    keys: tuple[str, ...]
+    costs: Floats
+    responses: tuple[tuple[str, ...], ...]
+    truncated: np.ndarray[Any, np.dtype[np.bool_]]
+
+    @staticmethod
+    def join(parts: Sequence[CostSamples]) -> CostSamples:
+        return CostSamples(
+            tuple(key for part in parts for key in part.keys),
+            np.concatenate([part.costs for part in parts]),
+            tuple(texts for part in parts for texts in part.responses),
+            np.concatenate([part.truncated for part in parts]),
+        )
+
+
+@runtime_checkable
+class SafetyTestable(Protocol):
+    """What the safety test needs of a module: draw, score, say what was promised, ship."""
+
+    constraints: tuple[Constraint, ...]
+
+    def sample_costs(self, batch: Any, seed: str) -> CostSamples:
+        """One response per prompt of the batch, seeded by `seed` and the prompt's key."""
+
+    def policy_hash(self) -> str:
+        """SHA-256 of the policy's weights as `save_policy` writes them."""
+
+    def save_policy(self, folder: Any) -> None:
+        """Writes the policy for use."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Hashes and settings that the plan of a safety test commits to."""
+
+    def training_prompt_keys(self) -> frozenset[str]:
+        """Keys (first 32 hex digits) of every prompt that an earlier stage was trained on."""
+
+
+@runtime_checkable
+class HoldsSafetyPrompts(Protocol):
+    """What the safety test needs of a data module."""
+
+    @property
+    def safety_prompts(self) -> list[Prompt] | None:
+        """The pool to draw from; None where the config names no safety file."""
+
+    @property
+    def training_keys(self) -> frozenset[str]:
+        """Keys of the prompts that training or validation uses."""

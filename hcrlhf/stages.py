@@ -1,0 +1,206 @@
+"""`hcrlhf.json`: what a finished stage says of itself, and how the next one reads and checks it.
+
+A stage folder holds weights (a LoRA adapter, or a whole model after full supervised tuning), a
+score head where the role has one, the tokenizer and this file. Later stages are given the folder
+and nothing else: base model, template, system prompt and lengths are read here and compared.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hcrlhf.errors import InputError
+from hcrlhf.text import ChatFormat
+
+FORMAT = 1
+FILE = "hcrlhf.json"
+PROMPTS_FILE = "training_prompts.txt"
+
+Role = Literal["sft", "reward", "cost", "policy"]
+
+
+@dataclass(frozen=True)
+class BackboneSource:
+    """Which frozen weights the adapters of a run sit on.
+
+    Args:
+        model: Hugging Face folder or hub id. In `hcrlhf.json` a local folder is stored relative
+            to the stage folder.
+        quantization: "none" or "nf4" (bitsandbytes 4-bit NormalFloat, double quantisation).
+        dtype: of the weights that are not quantised.
+    """
+
+    model: str
+    quantization: Literal["none", "nf4"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class ScoreMoments:
+    """Mean and standard deviation (ddof 1) of the scores of held-out responses."""
+
+    mean: float
+    std: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The content of `hcrlhf.json`.
+
+    Attributes:
+        role: what the weights are for.
+        backbone: the frozen weights; its model is an absolute path or a hub id once read.
+        fingerprint: SHA-256 of those weights and their config.
+        adapter: True where the folder holds a LoRA adapter, False where it is a whole model.
+        chat: template, system prompt and lengths.
+        moments: of the scores, where the role scores.
+        calibration: slope and intercept of P(harmful) = σ(a c + b), for a cost model.
+        metrics: what was measured on held-out data.
+    """
+
+    role: Role
+    backbone: BackboneSource
+    fingerprint: str
+    adapter: bool
+    chat: ChatFormat
+    moments: ScoreMoments | None = None
+    calibration: dict[str, float] | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def write_stage(folder: Path, stage: Stage, prompt_keys: Collection[str]) -> None:
+    """Writes `hcrlhf.json` and the keys of the prompts that the stage was trained on.
+
+    The keys are what lets a policy run refuse a safety set that an earlier stage has seen.
+    """
+    record = asdict(stage)
+    model = stage.backbone.model
+    if os.path.isdir(model):
+        record["backbone"]["model"] = os.path.relpath(model, folder)
+    (folder / PROMPTS_FILE).write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
+    text = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
+    (folder / FILE).write_text(text, encoding="utf-8")
+
+
+def read_stage(folder: str, expected: Role, slot: str) -> Stage:
+    """Reads the stage in `folder` for the configuration key `slot`.
+
+    Raises:
+        InputError: no finished stage there, another role, or another backbone than it was
+            trained on.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        raise InputError(
+            f"{slot}: {folder} holds no {FILE}; expected the folder of a finished {expected} stage"
+            f" (hcrlhf fit with the {expected} config writes it)"
+        )
+    try:
+        record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if record["format"] != FORMAT:
+            raise InputError(
+                f"{slot}: {path} has format {record['format']}, this version reads {FORMAT}"
+            )
+        backbone = BackboneSource(**record["backbone"])
+        stage = Stage(
+            role=record["role"],
+            backbone=BackboneSource(
+                _resolve(folder, backbone.model), backbone.quantization, backbone.dtype
+            ),
+            fingerprint=record["fingerprint"],
+            adapter=record["adapter"],
+            chat=ChatFormat(**record["chat"]),
+            moments=ScoreMoments(**record["moments"]) if record["moments"] else None,
+            calibration=record["calibration"],
+            metrics=record["metrics"],
+        )
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise InputError(
+            f"{slot}: {path} is not readable ({type(error).__name__}: {error}); "
+            f"run the {expected} stage again"
+        ) from error
+    if stage.role != expected:
+        raise InputError(
+            f"{slot}: {folder} is a {stage.role} model; expected a {expected} model there"
+        )
+    return stage
+
+
+def _resolve(folder: str, model: str) -> str:
+    local = Path(folder, model)
+    return str(local.resolve()) if local.is_dir() else model
+
+
+def read_prompt_keys(folder: str) -> frozenset[str]:
+    """Keys (first 32 hex digits) of the prompts that the stage in `folder` was trained on."""
+    path = Path(folder) / PROMPTS_FILE
+    return frozenset(path.read_text().split()) if path.is_file() else frozenset()
+
+
+def require_same_base(stages: Mapping[str, Stage]) -> Stage:
+    """The first stage, once all agree on backbone, quantisation, template and lengths.
+
+    Args:
+        stages: configuration slot -> stage.
+
+    Raises:
+        InputError: two of them differ; names both slots and values.
+    """
+    (first_slot, first), *rest = stages.items()
+    for slot, stage in rest:
+        # The path may differ (a moved run folder): the fingerprint is the identity.
+        for name, ours, theirs in [
+            ("backbone weights", first.fingerprint[:12], stage.fingerprint[:12]),
+            ("quantization", first.backbone.quantization, stage.backbone.quantization),
+            ("dtype", first.backbone.dtype, stage.backbone.dtype),
+            *(
+                (key, value, getattr(stage.chat, key))
+                for key, value in asdict(first.chat).items()
+            ),
+        ]:
+            if ours != theirs:
+                raise InputError(
+                    f"{first_slot} and {slot} differ in {name}: {ours!r} and {theirs!r}; "
+                    f"train {slot} again on the backbone of {first_slot}"
+                )
+    return first
+
+
+def fingerprint(model: str) -> str:
+    """SHA-256 over the config and weight files of a model folder, or of a cached hub snapshot.
+
+    Raises:
+        InputError: no such folder, or no weights in it.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        try:
+            folder = Path(snapshot_download(model, local_files_only=True))
+        except Exception as error:
+            raise InputError(
+                f"the model {model!r} is neither a folder nor in the Hugging Face cache; give the "
+                "folder of a model, or download it first"
+            ) from error
+    files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not files or not (folder / "config.json").is_file():
+        raise InputError(
+            f"{model} is not a Hugging Face model folder: expected config.json and *.safetensors"
+        )
+    digest = hashlib.sha256()
+    for path in [folder / "config.json", *files]:
+        digest.update(path.name.encode() + b"\0" + file_sha256(path).encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

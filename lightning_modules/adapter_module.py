@@ -1,0 +1,131 @@
+"""What the three stages share: a backbone, adapter-only checkpoints, one optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
+from hcrlhf.errors import InputError
+from hcrlhf.stages import BackboneSource
+from hcrlhf.text import TextEncoder
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+class AdapterModule(LightningModule):
+    """A LightningModule around a `Backbone` whose checkpoints hold trained weights only.
+
+    Args:
+        learning_rate: of AdamW, in float32.
+        weight_decay: of AdamW, on every trained weight.
+        schedule: of the learning rate after the warm-up; "linear" and "cosine" end at zero.
+        warmup: share of all optimizer steps during which the learning rate rises to its value.
+        gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
+    """
+
+    strict_loading = False
+
+    def __init__(
+        self,
+        learning_rate: float,
+        weight_decay: float,
+        schedule: Schedule,
+        warmup: float,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        if not learning_rate > 0:
+            raise InputError(f"learning_rate is positive, got {learning_rate}")
+        if not 0 <= warmup < 1:
+            raise InputError(f"warmup is a share of the steps in [0, 1), got {warmup}")
+        self.learning_rate = learning_rate
+        self.weight_decay = weight_decay
+        self.schedule = schedule
+        self.warmup = warmup
+        self.gradient_checkpointing = gradient_checkpointing
+        self.backbone: Backbone
+        self.encoder: TextEncoder
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.trainer.default_root_dir)
+
+    def setup(self, stage: str) -> None:
+        precision = type(self.trainer.precision_plugin).__name__
+        if precision == "BitsandbytesPrecision":
+            raise InputError(
+                "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing "
+                "to train; remove it and set quantization: nf4 on the module"
+            )
+        if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
+            raise InputError(
+                f"precision {self.trainer.precision} would cast the adapters and heads; "
+                "use 32-true or bf16-mixed"
+            )
+
+    def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
+        """The frozen backbone of this run (trainable as a whole with `full`)."""
+        model = load_causal_lm(source, self.device)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return Backbone(model, quantized=source.quantization == "nf4", full=full)
+
+    def configure_optimizers(self) -> Any:
+        parameters = [parameter for _, parameter in self.backbone.trained_parameters()]
+        return self.scheduled(
+            torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+        )
+
+    def scheduled(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The optimizer with its learning-rate schedule, as Lightning takes them."""
+        from transformers import get_scheduler
+
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = get_scheduler(
+            self.schedule, optimizer, int(self.warmup * steps), num_training_steps=steps
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }
+
+    def on_train_start(self) -> None:
+        # Hugging Face models arrive in evaluation mode, where gradient checkpointing is silently
+        # off.
+        self.backbone.train()
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        return self.backbone.trained_state()
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
+    ) -> None:
+        self.backbone.load_trained_state(dict(state_dict))
+
+
+def add_trained_role(
+    backbone: Backbone, name: str, sft_adapter: str | None, lora: LoraOptions | None
+) -> None:
+    """A trainable role that starts as the supervised policy.
+
+    Args:
+        sft_adapter: folder of the supervised adapter; None where the backbone itself is the
+            supervised policy.
+
+    Raises:
+        InputError: `lora` is given although the adapter's own shape must be kept.
+    """
+    if sft_adapter is None:
+        backbone.add_role(name, lora, trainable=True)
+    elif lora is not None:
+        raise InputError(
+            "lora is fixed by the supervised adapter, as a copy of which this role starts; "
+            "remove lora from this config"
+        )
+    else:
+        backbone.load_role(name, sft_adapter, trainable=True)

@@ -1,0 +1,557 @@
+"""Stage 4: a policy that maximises reward under a pessimistic cost constraint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+import hcrlhf
+from hcrlhf import ppo
+from hcrlhf.backbone import BASE, LoraOptions, load_head
+from hcrlhf.bounds import Floats
+from hcrlhf.constraint import (
+    Constraint,
+    RunningVariance,
+    pairwise_spread,
+    pessimistic_costs,
+    violation,
+)
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Prompt
+from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
+from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
+from hcrlhf.safety import CostSamples
+from hcrlhf.stages import (
+    Stage,
+    file_sha256,
+    fingerprint,
+    read_prompt_keys,
+    read_stage,
+    require_same_base,
+    write_stage,
+)
+from hcrlhf.text import Encoded, TextEncoder, Tokens, collate, join, load_tokenizer
+from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role
+
+ACTOR = "policy"
+REFERENCE = "sft"
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    prompt: Prompt
+    ids: list[int]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """B prompts: tokens without responses, keys, and texts for people."""
+
+    tokens: Tokens
+    keys: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> PromptBatch:
+        return replace(self, tokens=self.tokens.to(device, non_blocking))
+
+
+class Policy(AdapterModule):
+    """PPO-Lagrangian. One `training_step` is one update: B prompts, B responses, one λ step.
+
+    Args:
+        sft: folder of the supervised stage: the reference, and where the policy starts.
+        reward, cost: folders of the reward and cost models.
+        constraints: what is promised; training and the safety test read the same objects.
+        learner: `hcrlhf.ppo.PPO`.
+        multiplier: rule of the Lagrange multipliers, one λ per constraint.
+        kl_coefficient: β of the KL to the reference, per token, in units of the standardised
+            reward.
+        decoding: how responses are drawn, in training, in the safety test and when shipped.
+        lora: adapter of the policy; only where the supervised stage trained the whole model.
+        critic_learning_rate: of value heads and critic adapters; None takes learning_rate.
+        max_grad_norm: gradients are scaled down to this norm.
+        micro_batch_size: sequences per forward pass; None takes all at once.
+        seed: of every response and every shuffle of this run.
+        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
+    """
+
+    def __init__(
+        self,
+        sft: str,
+        reward: str,
+        cost: str,
+        constraints: list[Constraint] | None = None,
+        learner: ppo.PPO = ppo.PPO(),  # noqa: B008 (frozen)
+        multiplier: Multiplier = ProjectedMultiplier(),  # noqa: B008 (frozen)
+        kl_coefficient: float = 0.05,
+        decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
+        lora: LoraOptions | None = None,
+        critic_learning_rate: float | None = None,
+        max_grad_norm: float = 1.0,
+        micro_batch_size: int | None = None,
+        seed: int = 0,
+        learning_rate: float = 1e-4,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "constant",
+        warmup: float = 0.0,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, schedule, warmup, gradient_checkpointing)
+        for name, value in (("kl_coefficient", kl_coefficient), ("max_grad_norm", max_grad_norm)):
+            if value < 0:
+                raise InputError(f"{name} is >= 0, got {value}")
+        if micro_batch_size is not None and micro_batch_size < 1:
+            raise InputError(f"micro_batch_size is a whole number >= 1, got {micro_batch_size}")
+        # One optimizer with several steps per rollout: Lightning must not step it by itself.
+        self.automatic_optimization = False
+        self.folders = {"sft": sft, "reward": reward, "cost": cost}
+        self.constraints = tuple(constraints) if constraints else (Constraint(),)
+        self.learner = learner
+        self.multiplier = multiplier
+        self.kl_coefficient = kl_coefficient
+        self.decoding = decoding
+        self.lora = lora
+        self.critic_learning_rate = critic_learning_rate or learning_rate
+        self.max_grad_norm = max_grad_norm
+        self.micro_batch_size = micro_batch_size
+        self.seed = seed
+        self.updates = 0
+        self.multipliers = [multiplier.initial for _ in self.constraints]
+        self.variances = [RunningVariance(c.std_floor) for c in self.constraints]
+        self.critics = ["reward_critic"] + [f"cost_critic_{j}" for j in range(len(self.constraints))]
+        self._validation: list[tuple[Tensor, Floats, Tensor]] = []
+
+    # -- what this stage stands on -------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self.trainer.world_size > 1:
+            raise InputError(
+                "the policy stage runs in one process so far; set trainer.devices: 1"
+            )
+        if self.trainer.max_steps != -1:
+            raise InputError(
+                f"max_steps {self.trainer.max_steps} would count optimizer steps, not updates; "
+                "set data.init_args.updates instead"
+            )
+        self._read_stages()
+        self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
+
+    def _read_stages(self) -> None:
+        folders = self.folders
+        stages: dict[str, Stage] = {
+            "sft": read_stage(folders["sft"], "sft", "sft"),
+            "reward": read_stage(folders["reward"], "reward", "reward"),
+            "cost": read_stage(folders["cost"], "cost", "cost"),
+        }
+        sft, reward = stages["sft"], stages["reward"]
+        # A fully tuned supervised model may be quantised afterwards: then it is the quantised
+        # model that reward, cost, reference and policy share.
+        comparable = dict(stages)
+        if not sft.adapter:
+            source = replace(
+                sft.backbone,
+                quantization=reward.backbone.quantization,
+                dtype=reward.backbone.dtype,
+            )
+            comparable["sft"] = replace(sft, backbone=source)
+        require_same_base(comparable)
+        self.stages = stages
+        self.source = comparable["sft"].backbone
+        if fingerprint(self.source.model) != sft.fingerprint:
+            raise InputError(
+                f"sft: the weights in {self.source.model} are not those that {folders['sft']} was "
+                "trained on; run the stages again"
+            )
+        if reward.moments is None or not reward.moments.std > 0:
+            raise InputError(
+                f"reward: {folders['reward']} has no spread in its held-out scores, so the reward "
+                "cannot be standardised; train the reward model again"
+            )
+        self.reward_moments = reward.moments
+
+    def configure_model(self) -> None:
+        if hasattr(self, "backbone"):
+            return
+        folders, sft_adapter = self.folders, self.stages["sft"].adapter
+        backbone = self.build_backbone(self.source)
+        add_trained_role(backbone, ACTOR, folders["sft"] if sft_adapter else None, self.lora)
+        self.reference = REFERENCE if sft_adapter else BASE
+        if sft_adapter:
+            backbone.load_role(REFERENCE, folders["sft"], trainable=False)
+        for role in ("reward", "cost"):
+            backbone.load_role(role, folders[role], trainable=False)
+            backbone.add_head(role, trainable=False, state=load_head(folders[role]))
+        for critic in self.critics:
+            backbone.add_head(critic, trainable=True)
+            if self.learner.critic == "separate":
+                source = "reward" if critic == "reward_critic" else "cost"
+                backbone.copy_role(critic, source, trainable=True)
+        self.backbone = backbone
+
+    def configure_optimizers(self) -> Any:
+        actor, critics = [], []
+        for name, parameter in self.backbone.trained_parameters():
+            (critics if "critic" in name else actor).append(parameter)
+        groups = [
+            {"name": "actor", "params": actor, "lr": self.learning_rate},
+            {"name": "critics", "params": critics, "lr": self.critic_learning_rate},
+        ]
+        return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.weight_decay))
+
+    # -- data ----------------------------------------------------------------------------------
+
+    def encode(self, example: Prompt) -> EncodedPrompt | None:
+        encoded = self.encoder.encode(example.messages, None)
+        return None if encoded is None else EncodedPrompt(example, encoded.prompt)
+
+    def collate(self, encoded: list[EncodedPrompt]) -> PromptBatch:
+        tokens = collate([Encoded(e.ids, []) for e in encoded], self.encoder.pad_id)
+        keys = tuple(e.prompt.key for e in encoded)
+        return PromptBatch(tokens, keys, tuple(e.prompt.text for e in encoded))
+
+    # -- a rollout -----------------------------------------------------------------------------
+
+    def respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
+        """One response per prompt from the policy."""
+        with self.backbone.role(ACTOR):
+            parts = [
+                sample(
+                    self.backbone,
+                    batch.tokens.rows(rows),
+                    seeds[rows],
+                    self.decoding,
+                    self.encoder.chat.max_response_tokens,
+                    [self.encoder.eos_id],
+                    self.encoder.pad_id,
+                )
+                for rows in self._micro_batches(len(batch.keys))
+            ]
+        return parts[0] if len(parts) == 1 else join(parts, self.encoder.pad_id)
+
+    def score(self, tokens: Tokens, keys: tuple[str, ...]) -> Rollout:
+        """Everything that the frozen and the sampling models say of responses, in one forward."""
+        separate = self.learner.critic == "separate"
+        roles = [ACTOR, self.reference, "reward", "cost", *(self.critics if separate else [])]
+        parts = []
+        with self.backbone.inference():
+            for rows in self._micro_batches(len(keys)):
+                part = tokens.rows(rows)
+                actor, reference, reward, cost, *critics = self.backbone.hidden_of_roles(part, roles)
+                states = critics or [actor] * len(self.critics)
+                parts.append(
+                    Rollout(
+                        tokens=part,
+                        keys=keys[rows],
+                        log_probs=self._log_probs(actor, part),
+                        reference_log_probs=self._log_probs(reference, part),
+                        rewards=self._standardised(self.backbone.scores("reward", reward, part)),
+                        costs=self.backbone.scores("cost", cost, part).double().cpu().numpy(),
+                        values=torch.stack(
+                            [
+                                self.backbone.values(critic, state, part)
+                                for critic, state in zip(self.critics, states, strict=True)
+                            ]
+                        ),
+                    )
+                )
+        return Rollout.join(parts, tokens)
+
+    def _log_probs(self, hidden: Tensor, tokens: Tokens) -> Tensor:
+        return self.backbone.log_probs(hidden, tokens, self.decoding.temperature)
+
+    def _standardised(self, scores: Tensor) -> Tensor:
+        return (scores - self.reward_moments.mean) / self.reward_moments.std
+
+    def _micro_batches(self, count: int) -> Iterator[slice]:
+        size = self.micro_batch_size or count
+        for start in range(0, count, size):
+            yield slice(start, min(start + size, count))
+
+    # -- one update ----------------------------------------------------------------------------
+
+    def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        seeds = [
+            response_seed(self.seed, "rollout", self.updates, row, key)
+            for row, key in enumerate(batch.keys)
+        ]
+        rollout = self.score(self.respond(batch, seeds), batch.keys)
+        scores, violations = self._constrain(rollout)
+        if self.updates == 0:
+            rollout = self._start_critics(rollout, scores)
+        targets = self.learner.targets(rollout, scores, self.multipliers, self.kl_coefficient)
+        statistics = self._improve(rollout, targets)
+        self.multipliers = [
+            self.multiplier.update(value, g)
+            for value, g in zip(self.multipliers, violations, strict=True)
+        ]
+        self.updates += 1
+        self._report(rollout, violations, statistics)
+
+    def _constrain(self, rollout: Rollout) -> tuple[Tensor, list[float]]:
+        """Scores per stream (1 + C, B): reward and pessimistic costs; and every violation g."""
+        if not (np.isfinite(rollout.costs).all() and bool(rollout.rewards.isfinite().all())):
+            raise FloatingPointError(
+                f"update {self.updates}: a reward or cost is not finite, so nothing can be learnt "
+                "from this rollout; lower the learning rate, or check the scorers"
+            )
+        streams, violations = [rollout.rewards], []
+        for constraint, variance in zip(self.constraints, self.variances, strict=True):
+            count = len(self.constraints)
+            pessimism = constraint.training_pessimism(count)
+            values = constraint.values(rollout.costs)
+            spread = pairwise_spread(values, rollout.keys)
+            current = float(spread.mean()) / 2
+            std = variance.std(current)
+            costs = pessimistic_costs(values, spread, pessimism, std)
+            streams.append(torch.from_numpy(costs).to(rollout.rewards))
+            target = constraint.training_target(count)
+            violations.append(violation(float(values.mean()), std, pessimism, target))
+            variance.update(current)
+        return torch.stack(streams), violations
+
+    def _start_critics(self, rollout: Rollout, scores: Tensor) -> Rollout:
+        """Sets each value head's bias to its stream's mean, where learning would have to begin."""
+        means = scores.mean(dim=1)
+        for critic, mean in zip(self.critics, means, strict=True):
+            torch.nn.init.constant_(self.backbone.heads[critic].bias, float(mean))
+        values = rollout.values + means[:, None, None] * rollout.tokens.response_mask
+        return replace(rollout, values=values)
+
+    def _improve(self, rollout: Rollout, targets: ppo.Targets) -> dict[str, float]:
+        """Epochs of minibatch steps; stops early at the target KL. Returns means to log."""
+        optimizer: Any = self.optimizers()
+        totals: dict[str, float] = {}
+        steps = 0
+        for epoch in range(self.learner.epochs):
+            generator = torch.Generator().manual_seed(
+                response_seed(self.seed, "minibatch", self.updates, epoch) % 2**63
+            )
+            order = torch.randperm(len(rollout.keys), generator=generator)
+            epoch_kl = 0.0
+            for rows in order.chunk(self.learner.minibatches):
+                optimizer.zero_grad()
+                statistics = self._minibatch(rollout.rows(rows), targets.rows(rows))
+                self.backbone.restore_trainable()
+                norm = clip_grad_norm_(
+                    [p for _, p in self.backbone.trained_parameters()], self.max_grad_norm
+                )
+                optimizer.step()
+                statistics["grad_norm"] = float(norm)
+                epoch_kl += statistics["update_kl"] / self.learner.minibatches
+                steps += 1
+                for name, value in statistics.items():
+                    totals[name] = totals.get(name, 0.0) + value
+            if self.learner.target_kl is not None and epoch_kl > self.learner.target_kl:
+                break
+        schedulers: Any = self.lr_schedulers()
+        schedulers.step()
+        return {name: value / steps for name, value in totals.items()} | {"inner_steps": steps}
+
+    def _minibatch(self, rollout: Rollout, targets: ppo.Targets) -> dict[str, float]:
+        """Gradients of one minibatch, a micro-batch at a time; token means over all of it."""
+        learner, separate = self.learner, self.learner.critic == "separate"
+        count = rollout.tokens.response_mask.sum()
+        statistics = dict.fromkeys(("policy_loss", "value_loss", "update_kl", "clip_share"), 0.0)
+        for rows in self._micro_batches(len(rollout.keys)):
+            index = torch.arange(rows.start, rows.stop)
+            part, aim = rollout.rows(index), targets.rows(index)
+            with self.backbone.role(ACTOR):
+                hidden = self.backbone.hidden(part.tokens)
+                log_probs = self._log_probs(hidden, part.tokens)
+                policy_loss = learner.policy_loss(log_probs, part, aim) / count
+                loss = policy_loss
+                if not separate:
+                    value_loss = self._value_loss(part, aim, [hidden] * len(self.critics)) / count
+                    loss = loss + learner.value_coefficient * value_loss
+                self.manual_backward(loss)
+            if separate:
+                value_loss = torch.zeros(())
+                for stream, critic in enumerate(self.critics):
+                    with self.backbone.role(critic):
+                        hidden = self.backbone.hidden(part.tokens)
+                        values = self.backbone.values(critic, hidden, part.tokens)
+                        own = learner.value_loss(values, part, aim, stream) / count
+                        self.manual_backward(learner.value_coefficient * own)
+                    value_loss = value_loss + own.detach().cpu()
+            shift = learner.update_statistics(log_probs.detach(), part)
+            statistics["policy_loss"] += float(policy_loss)
+            statistics["value_loss"] += float(value_loss)
+            statistics["update_kl"] += float(shift.kl / count)
+            statistics["clip_share"] += float(shift.clipped / count)
+        return statistics
+
+    def _value_loss(self, part: Rollout, aim: ppo.Targets, states: list[Tensor]) -> Tensor:
+        losses = [
+            self.learner.value_loss(
+                self.backbone.values(critic, state, part.tokens), part, aim, stream
+            )
+            for stream, (critic, state) in enumerate(zip(self.critics, states, strict=True))
+        ]
+        return torch.stack(losses).sum()
+
+    def _report(
+        self, rollout: Rollout, violations: list[float], statistics: dict[str, float]
+    ) -> None:
+        mask = rollout.tokens.response_mask
+        lengths = mask.sum(dim=1).float()
+        bar = {
+            "reward": float(rollout.rewards.mean()),
+            "cost": float(rollout.costs.mean()),
+            "kl": float(rollout.kl.sum(dim=1).mean()),
+        }
+        rest = {
+            "updates": float(self.updates),
+            "harm_rate": float((rollout.costs > 0).mean()),
+            "entropy": float(-(rollout.log_probs * mask).sum() / mask.sum()),
+            "response_tokens": float(lengths.mean()),
+            "truncated": float(rollout.tokens.truncated.float().mean()),
+            **statistics,
+        }
+        for j, constraint in enumerate(self.constraints):
+            suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
+            bar[f"lambda{suffix}"] = self.multipliers[j]
+            bar[f"bound{suffix}"] = constraint.forecast(rollout.costs)
+            rest[f"violation{suffix}"] = violations[j]
+        self.log_dict(bar, prog_bar=True, batch_size=len(rollout.keys))
+        self.log_dict(rest, batch_size=len(rollout.keys))
+
+    # -- held-out prompts ----------------------------------------------------------------------
+
+    def evaluate(self, batch: PromptBatch, purpose: str) -> Rollout:
+        """Responses to a batch, seeded by purpose and prompt, with rewards, costs and KL."""
+        seeds = [response_seed(self.seed, purpose, key, 0) for key in batch.keys]
+        return self.score(self.respond(batch, seeds), batch.keys)
+
+    def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        rollout = self.evaluate(batch, "validation")
+        kl = rollout.kl.sum(dim=1)
+        self._validation.append((rollout.rewards.cpu(), rollout.costs, kl.cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        rewards = torch.cat([r for r, _, _ in self._validation])
+        costs = np.concatenate([c for _, c, _ in self._validation])
+        kl = torch.cat([k for _, _, k in self._validation])
+        self._validation.clear()
+        if self.trainer.sanity_checking or costs.size < 2:
+            return
+        figures = {
+            "val/reward": float(rewards.mean()),
+            "val/cost": float(costs.mean()),
+            "val/harm_rate": float((costs > 0).mean()),
+            "val/kl": float(kl.mean()),
+        }
+        for constraint in self.constraints:
+            suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
+            figures[f"val/bound{suffix}"] = constraint.forecast(costs)
+        self.log_dict(figures)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        """One record per prompt: key, prompt, response, reward (standardised), cost, truncated."""
+        rollout = self.evaluate(batch, "predict")
+        return [
+            {
+                "key": key,
+                "prompt": text,
+                "response": response,
+                "reward": float(reward),
+                "cost": float(cost),
+                "kl": float(kl),
+                "truncated": bool(truncated),
+            }
+            for key, text, response, reward, cost, kl, truncated in zip(
+                batch.keys,
+                batch.texts,
+                self.encoder.decode(rollout.tokens),
+                rollout.rewards,
+                rollout.costs,
+                rollout.kl.sum(dim=1),
+                rollout.tokens.truncated,
+                strict=True,
+            )
+        ]
+
+    def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        """Nothing: `callbacks.SafetyTest` draws the responses, once, after it wrote its plan."""
+
+    # -- what the safety test asks for ---------------------------------------------------------
+
+    def sample_costs(self, batch: PromptBatch, seed: str) -> CostSamples:
+        seeds = [response_seed(seed, key, 0) for key in batch.keys]
+        rollout = self.score(self.respond(batch, seeds), batch.keys)
+        costs = np.repeat(rollout.costs[:, None, None], len(self.constraints), axis=2)
+        texts = self.encoder.decode(rollout.tokens)
+        truncated = rollout.tokens.truncated.cpu().numpy()[:, None]
+        return CostSamples(batch.keys, costs, tuple((t,) for t in texts), truncated)
+
+    def policy_hash(self) -> str:
+        return hashlib.sha256(self.backbone.adapter_bytes(ACTOR)).hexdigest()
+
+    def save_policy(self, folder: Path) -> None:
+        """The adapter in PEFT's format, tokenizer, decoding and `hcrlhf.json`."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.backbone.save_role(ACTOR, folder, self.source.model)
+        tokenizer = self.encoder.tokenizer
+        tokenizer.chat_template = self.encoder.template
+        tokenizer.save_pretrained(str(folder))
+        generation = self.decoding.generation_config(self.encoder.chat.max_response_tokens)
+        generation |= {"eos_token_id": self.encoder.eos_id, "pad_token_id": self.encoder.pad_id}
+        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        stage = replace(
+            self.stages["sft"],
+            role="policy",
+            backbone=self.source,
+            adapter=True,
+            metrics={},
+        )
+        write_stage(folder, stage, self.training_prompt_keys())
+
+    def provenance(self) -> dict[str, Any]:
+        cost = Path(self.folders["cost"])
+        return {
+            "hcrlhf": hcrlhf.__version__,
+            "backbone": self.stages["sft"].fingerprint,
+            "quantization": self.source.quantization,
+            "dtype": self.source.dtype,
+            "cost_model": {
+                name: file_sha256(cost / name)
+                for name in ("adapter_model.safetensors", "head.safetensors")
+            },
+            "decoding": self.decoding.generation_config(self.encoder.chat.max_response_tokens),
+            "chat": asdict(self.encoder.chat),
+            "template": hashlib.sha256(self.encoder.template.encode()).hexdigest(),
+        }
+
+    def training_prompt_keys(self) -> frozenset[str]:
+        return frozenset().union(*(read_prompt_keys(f) for f in self.folders.values()))
+
+    # -- checkpoint ----------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["policy"] = {
+            "updates": self.updates,
+            "multipliers": list(self.multipliers),
+            "variances": [[v.mean, v.weight] for v in self.variances],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["policy"]
+        if len(state["multipliers"]) != len(self.constraints):
+            raise InputError(
+                f"the checkpoint has {len(state['multipliers'])} constraints, this config has "
+                f"{len(self.constraints)}; resume with the constraints of the original run"
+            )
+        self.updates = int(state["updates"])
+        self.multipliers = [float(m) for m in state["multipliers"]]
+        for variance, (mean, weight) in zip(self.variances, state["variances"], strict=True):
+            variance.mean, variance.weight = float(mean), float(weight)
+

@@ -1,0 +1,126 @@
+"""Stage 1: supervised fine-tuning on demonstrations; its result is the reference policy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from hcrlhf.backbone import LoraOptions
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Demonstration, Prompt
+from hcrlhf.stages import BackboneSource, Stage, fingerprint, write_stage
+from hcrlhf.text import ChatFormat, Encoded, TextEncoder, Tokens, collate, load_tokenizer
+from lightning_modules.adapter_module import AdapterModule, Schedule
+
+
+class Supervised(AdapterModule):
+    """Maximises log π(response | prompt) on response tokens only.
+
+    Args:
+        model: Hugging Face folder or hub id of the base model.
+        chat: template, system prompt and lengths, for this stage and all that follow.
+        lora: adapter to train; None trains the whole model.
+        quantization: of the base model, "nf4" for 4-bit (needs `lora`).
+        dtype: of the weights that are not quantised.
+        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        chat: ChatFormat = ChatFormat(),  # noqa: B008 (frozen)
+        lora: LoraOptions | None = None,
+        quantization: Literal["none", "nf4"] = "none",
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        learning_rate: float = 2e-4,
+        weight_decay: float = 0.0,
+        schedule: Schedule = "linear",
+        warmup: float = 0.05,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        super().__init__(learning_rate, weight_decay, schedule, warmup, gradient_checkpointing)
+        if lora is None and (quantization != "none" or dtype != "float32"):
+            raise InputError(
+                f"quantization {quantization}, dtype {dtype}: the whole model is trained in "
+                "float32; give lora: {r: 8} to train an adapter on a smaller backbone"
+            )
+        self.chat = chat
+        self.lora = lora
+        self.source = BackboneSource(model, quantization, dtype)
+        self.validation_loss = MeanMetric()
+        self._seen_keys: set[str] = set()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.fingerprint = fingerprint(self.source.model)
+        self.encoder = TextEncoder(load_tokenizer(self.source.model), self.chat)
+
+    def configure_model(self) -> None:
+        if hasattr(self, "backbone"):
+            return
+        self.backbone = self.build_backbone(self.source, full=self.lora is None)
+        if self.lora is not None:
+            self.backbone.add_role("sft", self.lora, trainable=True)
+
+    def encode(self, example: Prompt) -> Encoded | None:
+        response = example.response if isinstance(example, Demonstration) else None
+        encoded = self.encoder.encode(example.messages, response)
+        if encoded is not None:
+            self._seen_keys.add(example.key)
+        return encoded
+
+    def collate(self, encoded: list[Encoded]) -> Tokens:
+        return collate(encoded, self.encoder.pad_id)
+
+    def forward(self, tokens: Tokens) -> Tensor:
+        """log π of the response tokens, (B, T)."""
+        log_probs: Tensor = self.backbone.log_probs(self.backbone.hidden(tokens), tokens)
+        return log_probs
+
+    def _loss(self, tokens: Tokens) -> Tensor:
+        """Mean negative log-likelihood of the response tokens, in nats."""
+        return -self(tokens).sum() / tokens.response_mask.sum()
+
+    def training_step(self, batch: Tokens, batch_idx: int) -> Tensor:
+        loss = self._loss(batch)
+        self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: Tokens, batch_idx: int) -> None:
+        self.validation_loss.update(self._loss(batch), batch.response_mask.sum())
+        self.log("val/loss", self.validation_loss, prog_bar=True, batch_size=len(batch))
+
+    test_step = validation_step
+
+    def predict_step(self, batch: Tokens, batch_idx: int) -> Tensor:
+        """log π(response | prompt), (B,)."""
+        return self(batch).sum(dim=1)
+
+    def on_train_end(self) -> None:
+        if self.trainer.is_global_zero:
+            self.save_stage()
+
+    def save_stage(self) -> None:
+        """Writes the adapter or the whole model, the tokenizer and `hcrlhf.json`."""
+        folder = self.run_folder
+        folder.mkdir(parents=True, exist_ok=True)
+        source = self.source
+        if self.lora is not None:
+            self.backbone.save_role("sft", folder, source.model)
+        else:
+            self.backbone.save_full(folder)
+            source = BackboneSource(str(folder))
+        self.encoder.tokenizer.save_pretrained(str(folder))
+        loss = self.trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan))
+        stage = Stage(
+            role="sft",
+            backbone=source,
+            fingerprint=fingerprint(str(folder)) if self.lora is None else self.fingerprint,
+            adapter=self.lora is not None,
+            chat=self.chat,
+            metrics={"loss": float(loss)},
+        )
+        write_stage(folder, stage, self._seen_keys)
