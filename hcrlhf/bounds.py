@@ -8,8 +8,9 @@ than δ, and so must never be called a guarantee without that word.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -81,7 +82,7 @@ def clopper_pearson_upper(harmful: int, n: int, delta: float) -> float:
 Kind = Literal["exact", "asymptotic"]
 
 
-class Bound(Protocol):
+class Bound(ABC):
     """What a constraint needs of a bound. YAML swaps bounds by class_path."""
 
     name: ClassVar[str]
@@ -89,15 +90,17 @@ class Bound(Protocol):
     assumptions: ClassVar[str]
     estimands: ClassVar[tuple[str, ...]]
 
+    @abstractmethod
     def upper(self, values: ArrayLike, delta: float) -> float:
         """The bound on the mean of `values` (n,)."""
 
+    @abstractmethod
     def forecast(self, values: ArrayLike, n: int, delta: float) -> float:
         """The bound that n fresh prompts would give if their values were spread like these."""
 
 
 @dataclass(frozen=True)
-class StudentT:
+class StudentT(Bound):
     """`student_t_upper` on the mean cost."""
 
     name: ClassVar[str] = "student_t"
@@ -115,7 +118,7 @@ class StudentT:
 
 
 @dataclass(frozen=True)
-class ClopperPearson:
+class ClopperPearson(Bound):
     """`clopper_pearson_upper` on a rate: every value is 0 or 1."""
 
     name: ClassVar[str] = "clopper_pearson"

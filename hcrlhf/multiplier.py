@@ -7,17 +7,18 @@ per constraint, in its checkpoint. One step per rollout.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 from hcrlhf.errors import InputError
 
 
-class Multiplier(Protocol):
+class Multiplier(ABC):
     """What the policy module needs of a multiplier. YAML swaps multipliers by class_path."""
 
     initial: float
 
+    @abstractmethod
     def update(self, value: float, violation: float) -> float:
         """The next λ >= 0 after a rollout with this violation g (positive = violated)."""
 
@@ -33,7 +34,7 @@ def _check(learning_rate: float, initial: float, maximum: float, minimum: float 
 
 
 @dataclass(frozen=True)
-class ProjectedMultiplier:
+class ProjectedMultiplier(Multiplier):
     """λ ← clip(λ + η g, 0, λ_max): projected dual ascent."""
 
     learning_rate: float = 0.1
@@ -48,7 +49,7 @@ class ProjectedMultiplier:
 
 
 @dataclass(frozen=True)
-class LogMultiplier:
+class LogMultiplier(Multiplier):
     """log λ ← log λ + η g, kept in [λ_min, λ_max]: relative steps, always positive.
 
     The floor matters: without it a long feasible phase drives λ so low that it takes as long to
@@ -72,7 +73,7 @@ class LogMultiplier:
 
 
 @dataclass(frozen=True)
-class FixedMultiplier:
+class FixedMultiplier(Multiplier):
     """λ stays what it is; 0 trains without the constraint (and still measures it)."""
 
     initial: float = 0.0
