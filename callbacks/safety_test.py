@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from hcrlhf import certificate
 from hcrlhf.certificate import CERTIFICATE_FILE, PLAN_FILE, VERDICT_FILE, Verdict
 from hcrlhf.errors import InputError
-from hcrlhf.examples import EncodesExamples, Prompt
+from hcrlhf.examples import EncodesExamples
 from hcrlhf.safety import CostSamples, HoldsSafetyPrompts, SafetyTestable
 from hcrlhf.splits import require_disjoint
 from hcrlhf.stages import file_sha256

@@ -124,7 +124,7 @@ class EncodedLoading(LightningDataModule):
                 options |= {"shuffle": True, "generator": torch.Generator().manual_seed(seed)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-            return DataLoader(encoded, **options)  # type: ignore[arg-type]
+            return DataLoader(encoded, **options)
 
 
 def check_batch_size(value: int, name: str = "batch_size") -> int:

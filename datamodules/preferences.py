@@ -66,9 +66,7 @@ class Preferences(EncodedLoading):
                 "data.init_args.label or model.init_args.role"
             )
         pairs = read_pairs(self.path, self.label, self.split)
-        self.training, self.validation = split_by_prompt(
-            pairs, self.validation_fraction, self.path
-        )
+        self.training, self.validation = split_by_prompt(pairs, self.validation_fraction, self.path)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.training, "training", self.batch_size, seed=self.seed)
@@ -156,9 +154,7 @@ def _harmful(row: Row, response: int, path: str, index: int) -> bool | None:
     if safe is None:
         return None
     if safe not in (True, False):
-        raise InputError(
-            f"{path}, row {index + 1}: {field} is {safe!r}, expected true or false"
-        )
+        raise InputError(f"{path}, row {index + 1}: {field} is {safe!r}, expected true or false")
     return not safe
 
 
@@ -197,7 +193,7 @@ def parse_dialogue(text: str, path: str, index: int) -> tuple[Message, ...]:
             turns.append(Message(role=role, content=content.strip()))
     if len(turns) < 2 or turns[0]["role"] != "user" or turns[-1]["role"] != "assistant":
         raise InputError(
-            f"{path}, row {index + 1}: expected a dialogue that begins with '\\n\\nHuman:' and ends "
-            f"with '\\n\\nAssistant:', got {text[:40]!r}…"
+            f"{path}, row {index + 1}: expected a dialogue from '\\n\\nHuman:' to "
+            f"'\\n\\nAssistant:', got {text[:40]!r}…"
         )
     return tuple(turns)

@@ -138,7 +138,7 @@ class Backbone(nn.Module):
         state = safetensors.torch.load_file(Path(folder) / ADAPTER_FILE)
         self._add(name, config)
         try:
-            result = set_peft_model_state_dict(self.model, state, adapter_name=name)
+            result: Any = set_peft_model_state_dict(self.model, state, adapter_name=name)
         except RuntimeError as error:
             raise InputError(
                 f"the adapter in {folder} does not fit this backbone ({one_line(error)})"
@@ -195,7 +195,9 @@ class Backbone(nn.Module):
         self._activate(name)
         self.restore_trainable()
 
-    def add_head(self, name: str, *, trainable: bool, state: dict[str, Tensor] | None = None) -> None:
+    def add_head(
+        self, name: str, *, trainable: bool, state: dict[str, Tensor] | None = None
+    ) -> None:
         """A float32 linear head on the hidden state; zero at first, or with the given weights."""
         head = nn.Linear(self.hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(head.weight)
@@ -205,6 +207,9 @@ class Backbone(nn.Module):
         self.heads[name] = head.requires_grad_(trainable)
         if trainable:
             self._trainable_heads.add(name)
+
+    def set_head_bias(self, name: str, value: float) -> None:
+        nn.init.constant_(cast(nn.Linear, self.heads[name]).bias, value)
 
     def _activate(self, name: str) -> None:
         if name != self._active and name != BASE:
@@ -343,7 +348,9 @@ class Backbone(nn.Module):
         """The adapter's weights under the names that `PeftModel.from_pretrained` expects."""
         from peft import get_peft_model_state_dict
 
-        state = get_peft_model_state_dict(self.model, adapter_name=name, save_embedding_layers=False)
+        state = get_peft_model_state_dict(
+            self.model, adapter_name=name, save_embedding_layers=False
+        )
         return {key: value.detach() for key, value in sorted(state.items())}
 
     def adapter_bytes(self, name: str) -> bytes:

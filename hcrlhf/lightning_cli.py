@@ -6,6 +6,7 @@ and the three folders beside it.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -21,17 +22,32 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 # What YAML may name without a second thought: importing registers the classes.
 from callbacks import Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
 from hcrlhf.certificate import VERDICT_FILE, verdict_record, write_json
-from hcrlhf.cli import BAD_INPUT, INTERRUPTED, NO_SOLUTION, NOT_TESTED, PASSED, did_you_mean
+from hcrlhf.cli import (
+    INTERRUPTED,
+    NO_SOLUTION,
+    NOT_TESTED,
+    PASSED,
+    did_you_mean,
+)
 from hcrlhf.errors import InputError
 from hcrlhf.stages import FILE as STAGE_FILE
+from hcrlhf.text import one_line
 from lightning_modules import Policy, Preference, Supervised
 
 KNOWN_CLASSES = [
+    "hcrlhf.bounds.ClopperPearson",
+    "hcrlhf.bounds.StudentT",
+    "hcrlhf.multiplier.FixedMultiplier",
+    "hcrlhf.multiplier.LogMultiplier",
+    "hcrlhf.multiplier.ProjectedMultiplier",
+    "hcrlhf.ppo.PPO",
+] + [
     f"{cls.__module__.split('.')[0]}.{cls.__name__}"
     for cls in (
         *(Supervised, Preference, Policy),
@@ -42,7 +58,10 @@ KNOWN_CLASSES = [
 
 
 class Parser(LightningArgumentParser):
-    """Errors of a config become one line."""
+    """Errors of a config become one line, and a misspelt key is not short for another."""
+
+    # The parsers of the subcommands are made without a way to say this.
+    allow_abbrev = property(lambda self: False, lambda self, value: None)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise InputError(short_error(str(ex or message)))
@@ -99,7 +118,26 @@ def run(arguments: Sequence[str]) -> int:
         InputError: the config or what it names cannot be used.
     """
     _quiet()
-    cli = CLI(
+    try:
+        cli = _cli(arguments)
+    except MisconfigurationException as error:
+        raise InputError(one_line(error)) from error
+    except Exception as error:
+        # A class that refused its arguments: the parser has wrapped what it said.
+        if found := find_input_error(error):
+            raise found from None
+        if isinstance(error, ValueError) and "Does not validate" in str(error):
+            raise InputError(short_error(str(error))) from error
+        raise
+    if getattr(cli.trainer, "interrupted", False):
+        return INTERRUPTED
+    if isinstance(cli.model, Policy) and cli.subcommand in ("fit", "test"):
+        return _verdict_code(cli.trainer)
+    return PASSED
+
+
+def _cli(arguments: Sequence[str]) -> CLI:
+    return CLI(
         save_config_callback=SaveConfig,
         parser_class=Parser,
         # The modules make their own optimizers.
@@ -110,11 +148,6 @@ def run(arguments: Sequence[str]) -> int:
         seed_everything_default=0,
         args=list(arguments),
     )
-    if getattr(cli.trainer, "interrupted", False):
-        return INTERRUPTED
-    if isinstance(cli.model, Policy) and cli.subcommand in ("fit", "test"):
-        return _verdict_code(cli.trainer)
-    return PASSED
 
 
 def _verdict_code(trainer: Trainer) -> int:
@@ -131,30 +164,102 @@ def _verdict_code(trainer: Trainer) -> int:
 
 
 def _quiet() -> None:
-    """Turns off what libraries say about themselves; what they say about the user's run stays."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).addFilter(_no_advertising)
-    for pattern in (
-        ".*does not have many workers.*",
-        ".*num_workers.*",
-        ".*Checkpoint directory.*exists and is not empty.*",
-        ".*args parameter is intended to run from within Python.*",
-        ".*GPU available but not used.*",
-        ".*is smaller than the logging interval.*",
-        ".*LeafSpec.*",
-        ".*no prediction results will be.*",
-        ".*lr_scheduler.step.*optimizer.step.*",
-    ):
+    """Turns off what libraries say about themselves; what they say of the user's run stays."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # type: ignore[attr-defined]
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_about_the_run)
+    # bitsandbytes looks for an optional package of kernels and says so at each start.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for pattern in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
 
 
-def _no_advertising(record: logging.LogRecord) -> bool:
-    text = record.getMessage()
-    return not re.search(r"💡|litlogger|Tip:|GPU available|TPU available|HPU available", text)
+# Each says something that is so by design here.
+QUIET_WARNINGS = (
+    ".*does not have many workers.*",  # examples are encoded before the loader sees them
+    ".*args parameter is intended to run from within Python.*",  # the demo does
+    ".*smaller than the logging interval.*",
+    ".*LeafSpec.*",  # Lightning with a newer torch
+    ".*in eval mode at the start of training.*",  # `AdapterModule.on_train_start`
+    ".*is_gradient_checkpointing. is deprecated.*",  # PEFT asks transformers
+    ".*Experiment logs directory.*",  # verdict.json is there before the first metric
+    ".*callbacks used to create the checkpoint.*",  # predict runs with fewer
+    ".*which is now deleted. Setting active adapter.*",  # `Backbone.drop_role`
+)
+
+BOILERPLATE = re.compile(
+    r"💡|Seed set to|[GTH]PU available|weights_only|to estimate number of stepping|"
+    r"Trainer\.fit. stopped|Restoring states|Loaded model weights|litlogger"
+)
+
+
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    return BOILERPLATE.search(record.getMessage()) is None
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+NOISE = re.compile(
+    r"^(Does not validate against|Subtypes:|Errors:|Expected a <class .NoneType.>$|Given value|"
+    r"Expected a path but|Problem with given class_path|Not a valid subclass|- Expected a path)"
+)
+
+
+def find_input_error(error: BaseException | None) -> InputError | None:
+    """The InputError that caused `error`, however a parser wrapped it."""
+    while error is not None:
+        if isinstance(error, InputError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def short_error(message: str) -> str:
-    """jsonargparse's message, several lines long, as one line with the likely remedy."""
-    text = re.sub(r"\x1b\[[0-9;]*m", "", message)
-    lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
-    return " ".join(lines)
+    """jsonargparse's message of many lines as one: where, what, and the likely remedy."""
+    keys, what = [], []
+    for line in message.splitlines():
+        text = line.strip(" -")
+        while found := re.match(r'Parser key "([^"]+)":\s*', text):
+            keys.append(found[1])
+            text = text[found.end() :]
+        if text and not NOISE.match(text) and text not in what:
+            what.append(text)
+    # What follows the first remark about a value repeats the value, however long it is.
+    reasons = [remedy(text) for text in what if not text.startswith("Namespace(")]
+    where = ".".join(keys)
+    text = "; ".join(reasons[:2]) if reasons else " ".join(message.split())
+    return f"{where}: {text}" if where else text
+
+
+def remedy(text: str) -> str:
+    """One remark of the parser in words, with a suggestion for a misspelt name."""
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        name = f"{found[1]}.{found[2]}"
+        return f"no class {name!r}{did_you_mean(name, KNOWN_CLASSES)}"
+    if found := re.search(r"No module named '([\w.]+)'", text):
+        return f"no module {found[1]!r}{did_you_mean(found[1], KNOWN_CLASSES)}"
+    if found := re.search(r"Option '([\w.]+)' is not accepted", text):
+        return f"unknown key {found[1]!r}{did_you_mean(found[1], known_keys())}"
+    if found := re.search(r"unrecognized arguments: -*([\w.]+)", text):
+        key = found[1].removeprefix("model.").removeprefix("data.").removeprefix("trainer.")
+        near = did_you_mean(key.rpartition(".")[2], known_keys())
+        return f"unknown key {found[1]!r}{near}"
+    text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
+    return re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", text)
+
+
+def known_keys() -> list[str]:
+    """Every key that a config of this project may hold below model, data and trainer."""
+    from hcrlhf import bounds, constraint, multiplier, ppo, rollouts, text
+    from hcrlhf.backbone import LoraOptions
+
+    classes: list[Any] = [Supervised, Preference, Policy, Demonstrations, Preferences, Prompts]
+    classes += [SafetyTest, Checkpoint, Completions, Progress, Trainer, LoraOptions]
+    classes += [constraint.Constraint, ppo.PPO, rollouts.Decoding, text.ChatFormat]
+    classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier, bounds.StudentT]
+    names = {name for cls in classes for name in inspect.signature(cls).parameters}
+    return sorted(names | {"class_path", "init_args", "model", "data", "trainer", "config"})

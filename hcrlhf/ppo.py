@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hcrlhf.errors import InputError
+from hcrlhf.learner import Learner, Targets, UpdateStatistics
 from hcrlhf.rollouts import Rollout
 
 
@@ -114,26 +115,7 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
 
 
 @dataclass(frozen=True)
-class Targets:
-    """What one rollout's minibatch steps aim at: advantages (B, T), returns (S, B, T)."""
-
-    advantages: Tensor
-    returns: Tensor
-
-    def rows(self, index: Tensor) -> Targets:
-        return Targets(self.advantages[index], self.returns[:, index])
-
-
-@dataclass(frozen=True)
-class UpdateStatistics:
-    """Sums over response tokens: the k3 estimate of KL(old ‖ new), and clipped ratios."""
-
-    kl: Tensor
-    clipped: Tensor
-
-
-@dataclass(frozen=True)
-class PPO:
+class PPO(Learner):
     """Proximal policy optimisation with one critic per stream.
 
     Args:
@@ -192,9 +174,7 @@ class PPO:
         loss = clipped_policy_loss(log_probs, rollout.log_probs, targets.advantages, self.clip)
         return (loss * rollout.tokens.response_mask).sum()
 
-    def value_loss(
-        self, values: Tensor, rollout: Rollout, targets: Targets, stream: int
-    ) -> Tensor:
+    def value_loss(self, values: Tensor, rollout: Rollout, targets: Targets, stream: int) -> Tensor:
         """`clipped_value_loss` of one stream's critic, summed over response tokens."""
         loss = clipped_value_loss(
             values, rollout.values[stream], targets.returns[stream], self.value_clip

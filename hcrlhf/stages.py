@@ -160,10 +160,7 @@ def require_same_base(stages: Mapping[str, Stage]) -> Stage:
             ("backbone weights", first.fingerprint[:12], stage.fingerprint[:12]),
             ("quantization", first.backbone.quantization, stage.backbone.quantization),
             ("dtype", first.backbone.dtype, stage.backbone.dtype),
-            *(
-                (key, value, getattr(stage.chat, key))
-                for key, value in asdict(first.chat).items()
-            ),
+            *((key, value, getattr(stage.chat, key)) for key, value in asdict(first.chat).items()),
         ]:
             if ours != theirs:
                 raise InputError(

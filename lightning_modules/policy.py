@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import hcrlhf
-from hcrlhf import ppo
 from hcrlhf.backbone import BASE, LoraOptions, load_head
 from hcrlhf.bounds import Floats
 from hcrlhf.constraint import (
@@ -27,7 +26,9 @@ from hcrlhf.constraint import (
 )
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Prompt
+from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
+from hcrlhf.ppo import PPO
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
 from hcrlhf.stages import (
@@ -90,7 +91,7 @@ class Policy(AdapterModule):
         reward: str,
         cost: str,
         constraints: list[Constraint] | None = None,
-        learner: ppo.PPO = ppo.PPO(),  # noqa: B008 (frozen)
+        learner: Learner = PPO(),  # noqa: B008 (frozen)
         multiplier: Multiplier = ProjectedMultiplier(),  # noqa: B008 (frozen)
         kl_coefficient: float = 0.05,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
@@ -127,7 +128,9 @@ class Policy(AdapterModule):
         self.updates = 0
         self.multipliers = [multiplier.initial for _ in self.constraints]
         self.variances = [RunningVariance(c.std_floor) for c in self.constraints]
-        self.critics = ["reward_critic"] + [f"cost_critic_{j}" for j in range(len(self.constraints))]
+        self.critics = ["reward_critic"] + [
+            f"cost_critic_{j}" for j in range(len(self.constraints))
+        ]
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
 
     # -- what this stage stands on -------------------------------------------------------------
@@ -135,9 +138,7 @@ class Policy(AdapterModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         if self.trainer.world_size > 1:
-            raise InputError(
-                "the policy stage runs in one process so far; set trainer.devices: 1"
-            )
+            raise InputError("the policy stage runs in one process so far; set trainer.devices: 1")
         if self.trainer.max_steps != -1:
             raise InputError(
                 f"max_steps {self.trainer.max_steps} would count optimizer steps, not updates; "
@@ -199,7 +200,8 @@ class Policy(AdapterModule):
         self.backbone = backbone
 
     def configure_optimizers(self) -> Any:
-        actor, critics = [], []
+        actor: list[torch.nn.Parameter] = []
+        critics: list[torch.nn.Parameter] = []
         for name, parameter in self.backbone.trained_parameters():
             (critics if "critic" in name else actor).append(parameter)
         groups = [
@@ -246,7 +248,9 @@ class Policy(AdapterModule):
         with self.backbone.inference():
             for rows in self._micro_batches(len(keys)):
                 part = tokens.rows(rows)
-                actor, reference, reward, cost, *critics = self.backbone.hidden_of_roles(part, roles)
+                actor, reference, reward, cost, *critics = self.backbone.hidden_of_roles(
+                    part, roles
+                )
                 states = critics or [actor] * len(self.critics)
                 parts.append(
                     Rollout(
@@ -323,11 +327,11 @@ class Policy(AdapterModule):
         """Sets each value head's bias to its stream's mean, where learning would have to begin."""
         means = scores.mean(dim=1)
         for critic, mean in zip(self.critics, means, strict=True):
-            torch.nn.init.constant_(self.backbone.heads[critic].bias, float(mean))
+            self.backbone.set_head_bias(critic, float(mean))
         values = rollout.values + means[:, None, None] * rollout.tokens.response_mask
         return replace(rollout, values=values)
 
-    def _improve(self, rollout: Rollout, targets: ppo.Targets) -> dict[str, float]:
+    def _improve(self, rollout: Rollout, targets: Targets) -> dict[str, float]:
         """Epochs of minibatch steps; stops early at the target KL. Returns means to log."""
         optimizer: Any = self.optimizers()
         totals: dict[str, float] = {}
@@ -357,7 +361,7 @@ class Policy(AdapterModule):
         schedulers.step()
         return {name: value / steps for name, value in totals.items()} | {"inner_steps": steps}
 
-    def _minibatch(self, rollout: Rollout, targets: ppo.Targets) -> dict[str, float]:
+    def _minibatch(self, rollout: Rollout, targets: Targets) -> dict[str, float]:
         """Gradients of one minibatch, a micro-batch at a time; token means over all of it."""
         learner, separate = self.learner, self.learner.critic == "separate"
         count = rollout.tokens.response_mask.sum()
@@ -384,13 +388,13 @@ class Policy(AdapterModule):
                         self.manual_backward(learner.value_coefficient * own)
                     value_loss = value_loss + own.detach().cpu()
             shift = learner.update_statistics(log_probs.detach(), part)
-            statistics["policy_loss"] += float(policy_loss)
-            statistics["value_loss"] += float(value_loss)
+            statistics["policy_loss"] += float(policy_loss.detach())
+            statistics["value_loss"] += float(value_loss.detach())
             statistics["update_kl"] += float(shift.kl / count)
             statistics["clip_share"] += float(shift.clipped / count)
         return statistics
 
-    def _value_loss(self, part: Rollout, aim: ppo.Targets, states: list[Tensor]) -> Tensor:
+    def _value_loss(self, part: Rollout, aim: Targets, states: list[Tensor]) -> Tensor:
         losses = [
             self.learner.value_loss(
                 self.backbone.values(critic, state, part.tokens), part, aim, stream
@@ -554,4 +558,3 @@ class Policy(AdapterModule):
         self.multipliers = [float(m) for m in state["multipliers"]]
         for variance, (mean, weight) in zip(self.variances, state["variances"], strict=True):
             variance.mean, variance.weight = float(mean), float(weight)
-
