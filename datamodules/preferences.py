@@ -34,6 +34,8 @@ class Preferences(EncodedLoading):
             harmlessness, for a cost model, where the less safe response scores higher. The last
             two forms hold one label only and take it for "better".
         batch_size: pairs per step.
+        validation: file of held-out pairs in the same form; None holds out a share of `path`.
+            Pairs whose prompt is also trained on are left out of it, and counted.
         validation_fraction: share of the prompts that is held out, by a hash of the first turn.
         split: of a hub data set.
         seed: of the order of training.
@@ -44,6 +46,7 @@ class Preferences(EncodedLoading):
         path: str,
         label: Label,
         batch_size: int = 32,
+        validation: str | None = None,
         validation_fraction: float = 0.1,
         split: str = "train",
         seed: int = 0,
@@ -52,6 +55,7 @@ class Preferences(EncodedLoading):
         self.path = path
         self.label = label
         self.batch_size = check_batch_size(batch_size)
+        self.validation_path = validation
         self.validation_fraction = validation_fraction
         self.split = split
         self.seed = seed

@@ -167,7 +167,7 @@ def _quiet() -> None:
     """Turns off what libraries say about themselves; what they say of the user's run stays."""
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[attr-defined]
+    transformers.utils.logging.disable_progress_bar()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_about_the_run)
