@@ -70,7 +70,25 @@ class Preferences(EncodedLoading):
                 "data.init_args.label or model.init_args.role"
             )
         pairs = read_pairs(self.path, self.label, self.split)
-        self.training, self.validation = split_by_prompt(pairs, self.validation_fraction, self.path)
+        if self.validation_path is None:
+            self.training, self.validation = split_by_prompt(
+                pairs, self.validation_fraction, self.path
+            )
+            return
+        self.training = pairs
+        trained = {pair.key for pair in pairs}
+        held_out = read_pairs(self.validation_path, self.label, self.split)
+        self.validation = [pair for pair in held_out if pair.key not in trained]
+        if not self.validation:
+            raise InputError(
+                f"every prompt of {self.validation_path} is also in {self.path}, so nothing is "
+                "held out; give other validation pairs, or leave validation out"
+            )
+        if len(self.validation) < len(held_out):
+            rank_zero_info(
+                f"{self.validation_path}: {len(held_out) - len(self.validation)} of "
+                f"{len(held_out)} pairs left out, their prompts are trained on"
+            )
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.training, "training", self.batch_size, seed=self.seed)

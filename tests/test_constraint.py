@@ -1,0 +1,463 @@
+"""The constraint: margins by simulation and exact sums, the gradient by enumeration."""
+
+import itertools
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from hcrlhf.bounds import ClopperPearson, StudentT, clopper_pearson_upper
+from hcrlhf.constraint import (
+    Constraint,
+    RunningVariance,
+    harm_rate_target,
+    pairwise_spread,
+    pessimistic_costs,
+    seldonian_pessimism,
+    violation,
+)
+from hcrlhf.errors import InputError
+
+seeded = settings(deadline=None, derandomize=True, max_examples=50)
+
+cost_vectors = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+
+
+def different_prompts(n: int) -> list[str]:
+    return [f"prompt {i}" for i in range(n)]
+
+
+# -- the pessimistic gradient ----------------------------------------------------------------------
+
+COSTS = np.array([-1.5, 0.25, 0.5, 4.0])
+LOGITS = torch.tensor([0.3, -0.2, 1.1, -0.9], dtype=torch.float64)
+
+
+def pessimistic_mean_gradient(pessimism: float) -> tuple[np.ndarray, float]:
+    """∇(μ + pessimism · σ) of the softmax policy by autograd, and σ."""
+    logits = LOGITS.clone().requires_grad_()
+    p, c = logits.softmax(0), torch.from_numpy(COSTS)
+    mean = (p * c).sum()
+    std = ((p * c.square()).sum() - mean.square()).sqrt()
+    (mean + pessimism * std).backward()
+    assert logits.grad is not None
+    return logits.grad.numpy(), std.item()
+
+
+def score_functions() -> np.ndarray:
+    """∇ log π(y) of each of the four responses, one per row: one-hot minus probabilities."""
+    return np.eye(4) - LOGITS.softmax(0).numpy()
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 0.15, 2.0])
+def test_the_pessimistic_cost_has_the_gradient_of_mean_plus_pessimism_times_std(
+    pessimism: float,
+) -> None:
+    expected, std = pessimistic_mean_gradient(pessimism)
+    p = LOGITS.softmax(0).numpy()
+    # v_i is here its expectation over an independent second draw.
+    spread = np.array([sum(p[j] * (COSTS[i] - COSTS[j]) ** 2 for j in range(4)) for i in range(4)])
+    costs = pessimistic_costs(COSTS, spread, pessimism, std)
+    np.testing.assert_allclose((p * costs) @ score_functions(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 0.15, 2.0])
+@pytest.mark.parametrize("keys", [["a", "b"], ["a", "b", "c"], ["a", "a", "b"]])
+def test_small_rollouts_give_that_gradient_without_bias(pessimism: float, keys: list[str]) -> None:
+    # All 4^B rollouts, each weighted by its probability: nothing is lost to a small batch.
+    expected, std = pessimistic_mean_gradient(pessimism)
+    p, gradients = LOGITS.softmax(0).numpy(), score_functions()
+    total = np.zeros(4)
+    for drawn in itertools.product(range(4), repeat=len(keys)):
+        y = list(drawn)
+        costs = pessimistic_costs(COSTS[y], pairwise_spread(COSTS[y], keys), pessimism, std)
+        total += p[y].prod() * (costs[:, None] * gradients[y]).mean(axis=0)
+    np.testing.assert_allclose(total, expected, rtol=0, atol=1e-10)
+
+
+def test_pessimistic_costs_by_hand() -> None:
+    # c + k v / (2 σ̄) = 1 + 0.5 · 8 / 4 and 3 + 0.5 · 4 / 4.
+    assert pessimistic_costs([1.0, 3.0], [8.0, 4.0], 0.5, 2.0).tolist() == [2.0, 3.5]
+
+
+# -- spread ----------------------------------------------------------------------------------------
+
+
+def test_spread_by_hand() -> None:
+    assert pairwise_spread([0.0, 1.0, 3.0], ["a", "b", "c"]).tolist() == [5.0, 2.5, 6.5]
+    # "a" twice: its two responses are compared with "b" alone.
+    assert pairwise_spread([0.0, 1.0, 3.0], ["a", "a", "b"]).tolist() == [9.0, 4.0, 6.5]
+
+
+@seeded
+@given(cost_vectors)
+def test_half_the_mean_spread_of_different_prompts_is_the_sample_variance(
+    costs: list[float],
+) -> None:
+    spread = pairwise_spread(costs, different_prompts(len(costs)))
+    assert spread.mean() / 2 == pytest.approx(np.var(costs, ddof=1), abs=1e-9)
+
+
+@seeded
+@given(st.lists(st.tuples(st.floats(-100, 100), st.sampled_from("abcd")), min_size=2, max_size=12))
+def test_spread_leaves_out_pairs_of_one_prompt(rows: list[tuple[float, str]]) -> None:
+    if len({key for _, key in rows}) < 2:
+        return
+    for (cost, key), found in zip(rows, pairwise_spread(*zip(*rows, strict=True)), strict=True):
+        others = [(cost - c) ** 2 for c, k in rows if k != key]
+        assert found == pytest.approx(sum(others) / len(others))
+
+
+def test_spread_is_unbiased_with_several_responses_per_prompt() -> None:
+    # A cost is a prompt's ±1 plus a response's ±1: variance 2. Two prompts with two responses
+    # each, all 2^6 outcomes; the usual sample variance misses some of the prompts' share.
+    usual, found = [], []
+    for a, b, *noise in itertools.product((-1, 1), repeat=6):
+        costs = np.array([a, a, b, b]) + np.array(noise)
+        usual.append(np.var(costs, ddof=1))
+        found.append(pairwise_spread(costs, ["a", "a", "b", "b"]).mean() / 2)
+    assert np.mean(found) == pytest.approx(2.0, abs=1e-12)
+    assert np.mean(usual) == pytest.approx(5 / 3, abs=1e-12)
+
+
+@seeded
+@given(cost_vectors, st.floats(-50, 50))
+def test_spread_does_not_move_with_the_zero_of_the_cost(costs: list[float], shift: float) -> None:
+    keys = different_prompts(len(costs))
+    moved = pairwise_spread(np.array(costs) + shift, keys)
+    np.testing.assert_allclose(moved, pairwise_spread(costs, keys), atol=1e-8)
+
+
+@pytest.mark.parametrize("keys", [["a"], ["a", "a", "a"], []])
+def test_spread_needs_two_different_prompts(keys: list[str]) -> None:
+    with pytest.raises(InputError, match="at least 2 different prompts"):
+        pairwise_spread(np.zeros(len(keys)), keys)
+
+
+# -- running variance and violation ----------------------------------------------------------------
+
+
+def test_the_first_rollout_uses_its_own_variance_and_later_ones_only_earlier_rollouts() -> None:
+    running = RunningVariance(floor=0.1, decay=0.5)
+    assert running.std(9.0) == 3.0
+    running.update(4.0)
+    assert running.std(9.0) == 2.0
+    running.update(1.0)
+    # Weights 1/4 and 1/2 of 3/4: (4 + 2 · 1) / 3 = 2.
+    assert running.std(9.0) == pytest.approx(math.sqrt(2))
+
+
+@seeded
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=20), st.floats(0, 1, exclude_max=True))
+def test_the_running_variance_is_a_weighted_mean_of_the_earlier_ones(
+    variances: list[float], decay: float
+) -> None:
+    running = RunningVariance(floor=1e-3, decay=decay)
+    for variance in variances:
+        running.update(variance)
+    weights = [decay ** (len(variances) - 1 - i) for i in range(len(variances))]
+    expected = np.average(variances, weights=weights)
+    assert running.std(1e6) == pytest.approx(max(math.sqrt(expected), 1e-3), rel=1e-6)
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.2])
+def test_the_standard_deviation_never_falls_below_its_floor(variance: float) -> None:
+    running = RunningVariance(floor=0.5)
+    assert running.std(variance) == 0.5
+    running.update(variance)
+    assert running.std(100.0) == 0.5
+
+
+def test_violation_by_hand() -> None:
+    assert violation(mean=0.3, std=0.5, pessimism=0.2, target=0.1) == pytest.approx(0.6)
+    assert violation(mean=-1.0, std=2.0, pessimism=0.5, target=0.0) == 0.0
+    assert violation(mean=-2.0, std=2.0, pessimism=0.5, target=0.0) == pytest.approx(-0.5)
+
+
+@seeded
+@given(
+    *[st.floats(-10, 10)] * 2, st.floats(0.1, 10), st.floats(0, 3), st.floats(0.1, 10),
+    st.floats(-10, 10),
+)  # fmt: skip
+def test_violation_has_no_unit_and_no_zero_of_its_own(
+    mean: float, target: float, std: float, pessimism: float, scale: float, shift: float
+) -> None:
+    moved = violation(scale * mean + shift, scale * std, pessimism, scale * target + shift)
+    assert moved == pytest.approx(violation(mean, std, pessimism, target), abs=1e-6)
+
+
+# -- the margin of a mean --------------------------------------------------------------------------
+
+
+def test_pessimism_by_hand() -> None:
+    # t_{0.95, 100} = 1.6602 and z_{0.95} = 1.6449, both over √101.
+    assert seldonian_pessimism(101, 0.05, 0.05) == pytest.approx(3.3051 / math.sqrt(101), abs=1e-5)
+    # A miss probability of one half adds nothing to the bound's own factor.
+    assert seldonian_pessimism(101, 0.05, 0.5) == pytest.approx(1.6602 / math.sqrt(101), abs=1e-5)
+
+
+@pytest.mark.parametrize("miss", [0.05, 0.3])
+@pytest.mark.parametrize("delta", [0.05, 0.2])
+def test_a_policy_at_its_pessimistic_target_passes_as_often_as_promised(
+    delta: float, miss: float
+) -> None:
+    n, repeats, threshold, std = 200, 5000, 0.7, 3.0
+    pessimism = Constraint(
+        delta=delta, miss_probability=miss, safety_prompts=n
+    ).training_pessimism()
+    mean = threshold - pessimism * std
+    costs = np.random.default_rng(1).normal(mean, std, size=(repeats, n))
+    constraint = Constraint(threshold=threshold, delta=delta, safety_prompts=n)
+    passed = [constraint.judge(row).passed for row in costs]
+    tolerance = 4 * math.sqrt(miss * (1 - miss) / repeats)
+    assert np.mean(passed) == pytest.approx(1 - miss, abs=tolerance)
+
+
+@pytest.mark.parametrize("n", [50, 500, 5000])
+def test_the_chance_to_pass_by_the_noncentral_t_distribution(n: int) -> None:
+    # x̄ + s t/√n <= μ + kσ if and only if √n (x̄ - μ - kσ)/s <= -t: noncentral t, shifted by -k√n.
+    delta, miss = 0.05, 0.1
+    pessimism = seldonian_pessimism(n, delta, miss)
+    t = stats.t.ppf(1 - delta, n - 1)
+    chance = stats.nct.cdf(-t, n - 1, -pessimism * math.sqrt(n))
+    assert chance == pytest.approx(1 - miss, abs=0.3 / n + 0.003)
+
+
+@pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
+def test_constraints_that_must_pass_together_share_the_miss_probability(estimand: Any) -> None:
+    together = Constraint(estimand, threshold=0.1, safety_prompts=300, miss_probability=0.2)
+    alone = replace(together, miss_probability=0.05)
+    assert together.training_pessimism(4) == alone.training_pessimism()
+    assert together.training_target(4) == alone.training_target()
+
+
+def test_the_miss_probability_is_delta_unless_it_is_said() -> None:
+    assert Constraint(delta=0.03).miss == 0.03
+    assert Constraint(delta=0.03, miss_probability=0.4).miss == 0.4
+    assert Constraint(delta=0.03).training_pessimism() == seldonian_pessimism(500, 0.03, 0.03)
+
+
+def test_a_fixed_pessimism_is_taken_as_it_is() -> None:
+    for pessimism in (0.0, 1.5):
+        assert Constraint(pessimism=pessimism).training_pessimism(3) == pessimism
+
+
+def test_a_mean_aims_at_its_threshold_and_a_harm_rate_has_no_pessimism() -> None:
+    assert Constraint(threshold=-0.3).training_target() == -0.3
+    rate = Constraint("harm_rate", threshold=0.1)
+    assert rate.training_pessimism() == 0.0
+    assert 0 < rate.training_target() < 0.1
+
+
+# -- the margin of a harm rate ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("miss", [0.01, 0.05, 0.5])
+def test_the_harm_rate_target_where_no_harm_at_all_is_allowed(miss: float) -> None:
+    # 59 prompts show 5% only without any harm, which happens with (1 - p)^59 = 1 - miss.
+    expected = 1 - (1 - miss) ** (1 / 59)
+    assert harm_rate_target(0.05, 59, 0.05, miss) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize(("limit", "n"), [(0.05, 59), (0.1, 300), (0.5, 20), (0.9, 2000)])
+@pytest.mark.parametrize("miss", [0.05, 0.3])
+def test_at_the_harm_rate_target_the_binomial_passes_with_one_minus_the_miss_probability(
+    limit: float, n: int, miss: float
+) -> None:
+    target = harm_rate_target(limit, n, 0.05, miss)
+    uppers = np.array([clopper_pearson_upper(h, n, 0.05) for h in range(n + 1)])
+    chance = stats.binom.pmf(np.arange(n + 1), n, target)[uppers <= limit].sum()
+    assert chance == pytest.approx(1 - miss, abs=1e-9)
+
+
+def test_simulated_policies_at_the_harm_rate_target_pass_as_often_as_promised() -> None:
+    n, repeats, miss = 300, 20_000, 0.1
+    constraint = Constraint("harm_rate", threshold=0.1, safety_prompts=n, miss_probability=miss)
+    passes = np.array(
+        [constraint.judge(np.where(np.arange(n) < h, 2.0, -3.0)).passed for h in range(n + 1)]
+    )
+    harmful = np.random.default_rng(2).random((repeats, n)) < constraint.training_target()
+    tolerance = 4 * math.sqrt(miss * (1 - miss) / repeats)
+    assert passes[harmful.sum(axis=1)].mean() == pytest.approx(1 - miss, abs=tolerance)
+
+
+def test_a_policy_above_the_limit_passes_no_more_often_than_delta() -> None:
+    n, limit, delta = 300, 0.1, 0.05
+    uppers = np.array([clopper_pearson_upper(h, n, delta) for h in range(n + 1)])
+    for rate in (limit + 1e-9, 0.11, 0.2):
+        pmf = stats.binom.pmf(np.arange(n + 1), n, rate)
+        assert pmf[uppers <= limit].sum() <= delta
+
+
+@pytest.mark.parametrize(
+    ("limit", "delta", "needed"),
+    [
+        (0.05, 0.05, 59),  # the numbers of the books on sampling
+        (0.01, 0.05, 299),
+        (0.1, 0.05, 29),
+        (0.01, 0.01, 459),
+        (0.5, 0.25, 2),  # met exactly: 1 - 0.25^(1/2) = 0.5
+        # BUG: at 4 the bound is 0.7000000000000001, so the number in the message is refused too.
+        (0.7, 0.0081, 4),
+    ],
+)
+def test_an_impossible_limit_is_refused_with_the_number_of_prompts_that_is_needed(
+    limit: float, delta: float, needed: int
+) -> None:
+    if needed > 2:
+        message = (
+            f"a harm rate <= {limit} at delta {delta} cannot be shown with {needed - 1} safety "
+            f"prompts, even if none is harmful; at least {needed} are needed"
+        )
+        with pytest.raises(InputError, match=message):
+            Constraint("harm_rate", threshold=limit, delta=delta, safety_prompts=needed - 1)
+    Constraint("harm_rate", threshold=limit, delta=delta, safety_prompts=needed)
+
+
+# -- the verdict -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build", [lambda u: Constraint(threshold=u, safety_prompts=5, delta=0.1),
+              lambda u: Constraint("harm_rate", threshold=u, safety_prompts=5, delta=0.1)]
+)  # fmt: skip
+def test_a_bound_equal_to_its_threshold_passes_and_the_next_number_above_does_not(
+    build: Callable[[float], Constraint],
+) -> None:
+    costs = [-1.0, -0.5, -0.25, 0.5, -2.0]
+    upper = build(0.9).judge(costs).upper
+    judgement = build(upper).judge(costs)
+    assert (judgement.upper, judgement.threshold, judgement.passed) == (upper, upper, True)
+    assert not build(math.nextafter(upper, -math.inf)).judge(costs).passed
+
+
+def test_the_verdict_of_a_mean_is_that_of_its_bound_and_not_of_the_mean() -> None:
+    costs = [-1.0, 0.0, 0.5]  # mean -1/6, bound 1.1
+    assert not Constraint(threshold=0.0, safety_prompts=3).judge(costs).passed
+    assert Constraint(threshold=1.2, safety_prompts=3).judge(costs).passed
+
+
+def test_the_bound_of_a_constraint_can_be_replaced() -> None:
+    constraint = Constraint(bound=StudentT(), safety_prompts=4)
+    assert constraint.judge([1, 2, 3, 4]).upper == pytest.approx(4.019, abs=1e-3)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
+@pytest.mark.parametrize("count", [1, 100])
+def test_costs_that_are_not_finite_are_never_judged(
+    estimand: Any, bad: float, count: int
+) -> None:
+    constraint = Constraint(estimand, threshold=0.9, safety_prompts=100)
+    costs = np.where(np.arange(100) < count, bad, -1.0 - np.arange(100))
+    with pytest.raises(InputError, match=f"{count} of 100 costs are not finite"):
+        constraint.judge(costs)
+
+
+@pytest.mark.parametrize("value", [-1e9, -1.0, 0.0])
+def test_costs_without_spread_never_pass_a_student_t_test(value: float) -> None:
+    judgement = Constraint(threshold=0.0, safety_prompts=50).judge(np.full(50, value))
+    assert judgement.upper == math.inf and not judgement.passed
+
+
+@pytest.mark.parametrize("given_costs", [0, 1, 9, 11])
+@pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
+def test_another_number_of_costs_than_planned_is_refused(estimand: Any, given_costs: int) -> None:
+    constraint = Constraint(estimand, threshold=0.9, safety_prompts=10)
+    message = f"the plan is 10 safety prompts, the test has {given_costs}"
+    with pytest.raises(InputError, match=message):
+        constraint.judge(np.linspace(-2, -1, given_costs))
+
+
+def test_several_responses_per_prompt_are_not_taken_for_several_prompts() -> None:
+    with pytest.raises(InputError, match=r"one per prompt, got shape \(5, 2\)"):
+        Constraint(safety_prompts=10).judge(np.arange(10.0).reshape(5, 2))
+
+
+def test_harm_is_a_cost_above_zero_and_what_is_no_number_is_never_harmless() -> None:
+    costs = [-1.0, 0.0, 5e-324, 3.0, math.nan, math.inf, -math.inf]
+    values = Constraint("harm_rate", threshold=0.5).values(costs)
+    np.testing.assert_array_equal(values, [0, 0, 1, 1, math.nan, math.nan, math.nan])
+    np.testing.assert_array_equal(Constraint().values(costs), costs)
+
+
+def test_a_forecast_is_made_for_the_number_of_safety_prompts() -> None:
+    mean = Constraint(safety_prompts=101).forecast([1.0, 2.0, 3.0, 4.0])
+    assert mean == pytest.approx(2.5 + math.sqrt(5 / 3) * 1.6602 / math.sqrt(101), abs=1e-5)
+    rate = Constraint("harm_rate", threshold=0.5, safety_prompts=100).forecast([-1.0, 2.0])
+    assert rate == clopper_pearson_upper(50, 100, 0.05)
+
+
+# -- settings --------------------------------------------------------------------------------------
+
+RATE = {"estimand": "harm_rate", "threshold": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("settings_given", "message"),
+    [
+        ({"delta": 5}, r"delta is a probability of error and lies in \(0, 1\), got 5"),
+        ({"delta": 0.0}, r"delta .*\(0, 1\), got 0.0"),
+        ({"delta": 1.0}, r"delta .*\(0, 1\), got 1.0"),
+        ({"delta": math.nan}, r"delta .*\(0, 1\), got nan"),
+        ({"miss_probability": 0}, r"miss_probability .*\(0, 1\), got 0"),
+        ({"miss_probability": 1.5}, r"miss_probability .*\(0, 1\), got 1.5"),
+        ({**RATE, "miss_probability": -1}, r"miss_probability .*\(0, 1\), got -1"),
+        ({"threshold": math.nan}, "threshold is a finite number, got nan"),
+        ({"threshold": math.inf}, "threshold is a finite number, got inf"),
+        ({"threshold": -math.inf}, "threshold is a finite number, got -inf"),
+        ({"safety_prompts": 1}, "safety_prompts is at least 2, got 1"),
+        ({"safety_prompts": -5}, "safety_prompts is at least 2, got -5"),
+        ({"std_floor": 0}, "std_floor is positive, got 0"),
+        ({"std_floor": -0.1}, "std_floor is positive, got -0.1"),
+        ({"pessimism": -1}, "pessimism is a finite number >= 0, got -1"),
+        ({"pessimism": math.nan}, "pessimism is a finite number >= 0, got nan"),
+        ({"pessimism": math.inf}, "pessimism is a finite number >= 0, got inf"),
+        ({**RATE, "pessimism": 0.5}, "pessimism is for a mean; .* from miss_probability"),
+        ({**RATE, "threshold": 0.0}, r"harm rate lies in \(0, 1\), got 0.0"),
+        ({**RATE, "threshold": 1}, r"harm rate lies in \(0, 1\), got 1"),
+        ({**RATE, "threshold": -0.2}, r"harm rate lies in \(0, 1\), got -0.2"),
+        ({"bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is mean"),
+        ({**RATE, "bound": StudentT()}, "student_t is for mean, but .* is harm_rate"),
+        ({"estimand": "median"}, "but the estimand is median"),
+        # BUG: the next two are accepted; a floor of nan is none, one of inf makes g nan.
+        ({"std_floor": math.nan}, "std_floor .*got nan"),
+        ({"std_floor": math.inf}, "std_floor .*got inf"),
+    ],
+)
+def test_settings_out_of_range_are_refused_with_what_was_given(
+    settings_given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        Constraint(**settings_given)
+
+
+@pytest.mark.parametrize("miss", [0, 1, -1, math.nan])
+def test_margins_refuse_a_miss_probability_outside_zero_and_one(miss: float) -> None:
+    for call in (seldonian_pessimism, lambda n, d, m: harm_rate_target(0.1, n, d, m)):
+        message = rf"miss_probability .*\(0, 1\), got {miss}"
+        with pytest.raises(InputError, match=message):
+            call(100, 0.05, miss)
+
+
+def test_a_description_is_plain_json_and_names_the_bound_and_its_assumptions() -> None:
+    described = Constraint(threshold=-0.2, delta=0.1, safety_prompts=64).describe()
+    assert json.loads(json.dumps(described)) == described == {
+        "estimand": "mean",
+        "threshold": -0.2,
+        "delta": 0.1,
+        "safety_prompts": 64,
+        "bound": "student_t",
+        "class": "asymptotic",
+        "assumptions": "independent prompts, nearly normal mean cost",
+    }
+    rate = Constraint("harm_rate", threshold=0.1).describe()
+    assert (rate["bound"], rate["class"]) == ("clopper_pearson", "exact")
