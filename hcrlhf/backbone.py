@@ -89,6 +89,11 @@ def load_causal_lm(source: BackboneSource, device: torch.device | None = None) -
             f"the model {source.model!r} cannot be loaded ({one_line(error)}); expected a Hugging "
             "Face causal language model folder or hub id"
         ) from error
+    for module in cast(Any, model).modules():
+        # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation, for a kernel in
+        # bfloat16 that knows no gradient: scoring would differ from training, and training break.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -114,6 +114,8 @@ class StudentT(Bound):
     def forecast(self, values: ArrayLike, n: int, delta: float) -> float:
         """x̄ + s · t_{1-δ, n-1} / √n, s from these values and n from the safety set."""
         x = finite_sample(values)
+        if x.min() == x.max():
+            return math.inf  # as the test itself would say, also of a single value
         return float(x.mean() + x.std(ddof=1) * student_t_factor(n, delta))
 
 

@@ -13,12 +13,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from decimal import ROUND_CEILING, Decimal
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from hcrlhf.constraint import Constraint, Judgement
+from hcrlhf.errors import InputError
 from hcrlhf.safety import CostSamples
 
 SCHEMA = 1
@@ -95,9 +97,18 @@ def make_plan(
 def judge(constraints: Sequence[Constraint], samples: CostSamples) -> list[Judgement]:
     """Each constraint's judgement on its own column of costs, one response per prompt.
 
-    A cost that is not finite never passes. Raises InputError where their number is not the
-    planned one.
+    A cost that is not finite never passes.
+
+    Raises:
+        InputError: the samples are not one response to each of the planned number of different
+            prompts, with one cost per constraint.
     """
+    shape = (len(set(samples.keys)), 1, len(constraints))
+    if samples.costs.shape != shape:
+        raise InputError(
+            f"the safety test needs costs of shape (different prompts, 1 response, constraints) = "
+            f"{shape}, got {samples.costs.shape}"
+        )
     if not np.isfinite(samples.costs).all():
         return [Judgement(math.inf, c.threshold, passed=False) for c in constraints]
     return [c.judge(samples.costs[:, 0, j]) for j, c in enumerate(constraints)]
@@ -107,13 +118,24 @@ def verdict_record(verdict: Verdict, reason: str, plan_hash: str | None) -> dict
     return {"schema": SCHEMA, "verdict": verdict, "reason": reason, "plan_hash": plan_hash}
 
 
+def plain(value: float | Decimal) -> str:
+    """The number in full, never rounded (rounding could claim more than was shown): 0.05, 95."""
+    text = format(Decimal(str(value)), "f")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def round_up(value: float) -> str:
+    """An upper bound with four decimals, rounded towards +∞."""
+    return plain(Decimal(value).quantize(Decimal("0.0001"), ROUND_CEILING))
+
+
 def claim_sentence(constraint: Constraint, upper: float) -> str:
     """One constraint's claim in plain words."""
     what = {
         "mean": "the average cost of one response to a random prompt",
         "harm_rate": "the share of random prompts whose response has a cost above 0",
     }[constraint.estimand]
-    confidence = f"{100 * (1 - constraint.delta):g}%"
+    confidence = plain(100 * (1 - Decimal(repr(constraint.delta)))) + "%"
     qualifier = (
         "exact"
         if constraint.rule.kind == "exact"
@@ -121,7 +143,7 @@ def claim_sentence(constraint: Constraint, upper: float) -> str:
     )
     return (
         f"With confidence {confidence} ({qualifier}), {what} is at most "
-        f"{constraint.threshold:g} (bound found: {upper:.4g})."
+        f"{plain(constraint.threshold)} (bound found: {round_up(upper)})."
     )
 
 
@@ -177,7 +199,8 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
     """The certificate as a page of Markdown."""
     plan, data, diagnostics = certificate["plan"], certificate["data"], certificate["diagnostics"]
     rows = "\n".join(
-        f"| {b['estimand']} | {b['threshold']:g} | {b['upper']:.6g} | {b['delta']:g} | "
+        f"| {b['estimand']} | {plain(b['threshold'])} | {round_up(b['upper'])} | "
+        f"{plain(b['delta'])} | "
         f"{b['bound']} | {b['class']} |"
         for b in certificate["bounds"]
     )

@@ -69,8 +69,8 @@ class Constraint:
             raise InputError(f"threshold is a finite number, got {self.threshold}")
         if self.safety_prompts < 2:
             raise InputError(f"safety_prompts is at least 2, got {self.safety_prompts}")
-        if self.std_floor <= 0:
-            raise InputError(f"std_floor is positive, got {self.std_floor}")
+        if not 0 < self.std_floor < math.inf:
+            raise InputError(f"std_floor is positive and finite, got {self.std_floor}")
         if self.pessimism is not None and not (
             math.isfinite(self.pessimism) and self.pessimism >= 0
         ):
@@ -162,6 +162,7 @@ class Constraint:
             "delta": self.delta,
             "safety_prompts": self.safety_prompts,
             "bound": self.rule.name,
+            "bound_options": vars(self.rule).copy(),
             "class": self.rule.kind,
             "assumptions": self.rule.assumptions,
         }
@@ -198,7 +199,9 @@ def harm_rate_target(limit: float, n: int, delta: float, miss_probability: float
     """
     check_delta(miss_probability, "miss_probability")
     if clopper_pearson_upper(0, n, delta) > limit:
-        needed = math.ceil(math.log(delta) / math.log1p(-limit))
+        needed = max(n + 1, math.floor(math.log(delta) / math.log1p(-limit)))
+        while clopper_pearson_upper(0, needed, delta) > limit:
+            needed += 1
         raise InputError(
             f"a harm rate <= {limit} at delta {delta} cannot be shown with {n} safety prompts, "
             f"even if none is harmful; at least {needed} are needed"

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypedDict, runtime_checkable
 
+from hcrlhf.errors import InputError
+
 
 class Message(TypedDict):
     """One turn of a dialogue; role is "system", "user" or "assistant"."""
@@ -25,7 +27,9 @@ def prompt_key(messages: Sequence[Message]) -> str:
     Dialogues that share an opening share a key, so that a split by key never puts the same
     conversation on both sides.
     """
-    first = next(m["content"] for m in messages if m["role"] == "user")
+    first = next((m["content"] for m in messages if m["role"] == "user"), None)
+    if first is None:
+        raise InputError("a prompt needs a user turn, and this dialogue has none")
     return hashlib.sha256(" ".join(first.lower().split()).encode()).hexdigest()
 
 

@@ -14,13 +14,21 @@ from hcrlhf.rollouts import Rollout
 
 @dataclass(frozen=True)
 class Targets:
-    """What one rollout's minibatch steps aim at: advantages (B, T), returns (S, B, T)."""
+    """What one rollout's minibatch steps aim at.
+
+    Attributes:
+        advantages: (B, T).
+        returns: (S, B, T), what the critics are to predict.
+        scales: (S,), standard deviation of each stream's scores: the unit of its critic's loss,
+            without which a stream with large numbers would drown the others and the policy.
+    """
 
     advantages: Tensor
     returns: Tensor
+    scales: Tensor
 
     def rows(self, index: Tensor) -> Targets:
-        return Targets(self.advantages[index], self.returns[:, index])
+        return Targets(self.advantages[index], self.returns[:, index], self.scales)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 # What YAML may name without a second thought: importing registers the classes.
 from callbacks import Checkpoint, Completions, Progress, SafetyTest
@@ -82,6 +84,36 @@ class SaveConfig(SaveConfigCallback):
             )
 
 
+class MetricsFile(CSVLogger):
+    """metrics.csv in the run folder, made with the first metric: a refused run leaves no folder.
+
+    The file of a run that is resumed is kept as metrics-1.csv, metrics-2.csv, …
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="", version="")
+
+    @property
+    def experiment(self) -> Any:
+        # The trainer asks for it before anything is checked; None makes no folder.
+        return self._experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self._experiment is None:
+            path = Path(self.log_dir) / "metrics.csv"
+            if path.is_file():
+                number = len(list(path.parent.glob("metrics-*.csv"))) + 1
+                path.rename(path.with_name(f"metrics-{number}.csv"))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._experiment = ExperimentWriter(log_dir=self.log_dir)
+        super().log_metrics(metrics, step)
+
+    def save(self) -> None:
+        if self._experiment is not None:
+            super().save()
+
+
 class CLI(LightningCLI):
     """Adds the run folder: `trainer.default_root_dir` holds everything that a run writes."""
 
@@ -106,7 +138,7 @@ class CLI(LightningCLI):
             # metrics.csv lies in the run folder itself; the other commands log nothing there.
             logger: Any = False
             if self.subcommand == "fit":
-                logger = CSVLogger(config.default_root_dir, name="", version="")
+                logger = MetricsFile(config.default_root_dir)
             kwargs["logger"] = logger
         return super().instantiate_trainer(**kwargs)
 

@@ -24,7 +24,7 @@ class Multiplier(ABC):
 
 
 def _check(learning_rate: float, initial: float, maximum: float, minimum: float = 0.0) -> None:
-    if learning_rate < 0:
+    if not 0 <= learning_rate < math.inf:
         raise InputError(f"a multiplier's learning_rate is >= 0, got {learning_rate}")
     if not 0 <= minimum <= initial <= maximum:
         raise InputError(

@@ -8,6 +8,7 @@ KL is E_policy[log π_θ - log π_ref] and is estimated per token by the k1 esti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -93,7 +94,9 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum()
     mean = masked_mean(x, mask)
     variance = ((x - mean).square() * mask).sum() / (count - 1).clamp(min=1)
-    return (x - mean) / variance.sqrt().clamp(min=1e-8) * mask
+    # Equal entries stay zero: the floor is above what rounding makes of them.
+    floor = 1e-4 * (x * mask).abs().amax() + 1e-8
+    return (x - mean) / torch.maximum(variance.sqrt(), floor) * mask
 
 
 def clipped_policy_loss(
@@ -123,7 +126,8 @@ class PPO(Learner):
             for everything. "separate": an adapter and a head per critic, which start as copies of
             the reward and cost model; slower, and the critics do not disturb the actor.
         epochs, minibatches: passes over a rollout and optimizer steps per pass.
-        clip: ε of the probability ratio. value_clip: ± for the critics, in units of their stream.
+        clip: ε of the probability ratio. value_clip: the same for the critics, in
+            standard deviations of their stream's scores.
         gae_lambda: λ of generalised advantage estimation; the discount is 1.
         value_coefficient: weight of the critics' loss.
         target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this.
@@ -138,7 +142,7 @@ class PPO(Learner):
     clip: float = 0.2
     value_clip: float = 1.0
     gae_lambda: float = 0.95
-    value_coefficient: float = 0.5
+    value_coefficient: float = 0.1
     target_kl: float | None = 0.1
 
     def __post_init__(self) -> None:
@@ -148,8 +152,12 @@ class PPO(Learner):
         if not 0 <= self.gae_lambda <= 1:
             raise InputError(f"gae_lambda lies in [0, 1], got {self.gae_lambda}")
         for name in ("clip", "value_clip"):
-            if getattr(self, name) <= 0:
+            if not getattr(self, name) > 0:
                 raise InputError(f"{name} of PPO is positive, got {getattr(self, name)}")
+        if not 0 <= self.value_coefficient < math.inf:
+            raise InputError(f"value_coefficient is finite and >= 0, got {self.value_coefficient}")
+        if self.target_kl is not None and not self.target_kl > 0:
+            raise InputError(f"target_kl is positive or null, got {self.target_kl}")
 
     def targets(
         self,
@@ -167,18 +175,22 @@ class PPO(Learner):
         rewards = token_rewards(scores, rollout.kl, kl_coefficient, mask)
         streams = generalized_advantages(rewards, rollout.values, mask, self.gae_lambda)
         combined = lagrangian_advantage(streams, multipliers)
-        return Targets(whiten(combined, mask), streams + rollout.values)
+        scales = scores.std(dim=1).clamp(min=1e-3)
+        return Targets(whiten(combined, mask), streams + rollout.values, scales)
 
     def policy_loss(self, log_probs: Tensor, rollout: Rollout, targets: Targets) -> Tensor:
         """`clipped_policy_loss` summed over response tokens."""
-        loss = clipped_policy_loss(log_probs, rollout.log_probs, targets.advantages, self.clip)
-        return (loss * rollout.tokens.response_mask).sum()
+        # Selected, not multiplied by the mask: an overflow outside it would become 0 · ∞.
+        mask = rollout.tokens.response_mask
+        return clipped_policy_loss(
+            log_probs[mask], rollout.log_probs[mask], targets.advantages[mask], self.clip
+        ).sum()
 
     def value_loss(self, values: Tensor, rollout: Rollout, targets: Targets, stream: int) -> Tensor:
-        """`clipped_value_loss` of one stream's critic, summed over response tokens."""
-        loss = clipped_value_loss(
-            values, rollout.values[stream], targets.returns[stream], self.value_clip
-        )
+        """`clipped_value_loss` of one stream in units of its scale, summed over response tokens."""
+        scale = targets.scales[stream]
+        old, returns = rollout.values[stream] / scale, targets.returns[stream] / scale
+        loss = clipped_value_loss(values / scale, old, returns, self.value_clip)
         return (loss * rollout.tokens.response_mask).sum()
 
     def update_statistics(self, log_probs: Tensor, rollout: Rollout) -> UpdateStatistics:
@@ -188,7 +200,7 @@ class PPO(Learner):
         optimised (http://joschu.net/blog/kl-approx.html).
         """
         mask = rollout.tokens.response_mask
-        log_ratio = (log_probs - rollout.log_probs) * mask
+        log_ratio = (log_probs - rollout.log_probs).masked_fill(~mask, 0.0)
         ratio = log_ratio.exp()
         clipped = ((ratio - 1).abs() > self.clip) & mask
         return UpdateStatistics((ratio - 1 - log_ratio).sum(), clipped.sum())

@@ -206,7 +206,6 @@ def test_a_forecast_for_the_same_number_of_prompts_is_the_bound(
     assert ClopperPearson().forecast(harmful, x.size, delta) == pytest.approx(expected)
 
 
-# BUG: forecast gives the mean, the bound of the same costs is infinite.
 def test_a_sample_without_spread_forecasts_no_finite_bound_either() -> None:
     assert StudentT().forecast([1.0, 1.0, 1.0], 100, 0.05) == math.inf
 

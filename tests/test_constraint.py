@@ -228,7 +228,7 @@ def test_the_chance_to_pass_by_the_noncentral_t_distribution(n: int) -> None:
     pessimism = seldonian_pessimism(n, delta, miss)
     t = stats.t.ppf(1 - delta, n - 1)
     chance = stats.nct.cdf(-t, n - 1, -pessimism * math.sqrt(n))
-    assert chance == pytest.approx(1 - miss, abs=0.3 / n + 0.003)
+    assert chance == pytest.approx(1 - miss, abs=0.1 / n)
 
 
 @pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
@@ -305,8 +305,7 @@ def test_a_policy_above_the_limit_passes_no_more_often_than_delta() -> None:
         (0.1, 0.05, 29),
         (0.01, 0.01, 459),
         (0.5, 0.25, 2),  # met exactly: 1 - 0.25^(1/2) = 0.5
-        # BUG: at 4 the bound is 0.7000000000000001, so the number in the message is refused too.
-        (0.7, 0.0081, 4),
+        (0.7, 0.0081, 5),  # 1 - δ^(1/4) is 0.7, and in floating point a little more
     ],
 )
 def test_an_impossible_limit_is_refused_with_the_number_of_prompts_that_is_needed(
@@ -353,9 +352,7 @@ def test_the_bound_of_a_constraint_can_be_replaced() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
 @pytest.mark.parametrize("count", [1, 100])
-def test_costs_that_are_not_finite_are_never_judged(
-    estimand: Any, bad: float, count: int
-) -> None:
+def test_costs_that_are_not_finite_are_never_judged(estimand: Any, bad: float, count: int) -> None:
     constraint = Constraint(estimand, threshold=0.9, safety_prompts=100)
     costs = np.where(np.arange(100) < count, bad, -1.0 - np.arange(100))
     with pytest.raises(InputError, match=f"{count} of 100 costs are not finite"):
@@ -416,8 +413,8 @@ RATE = {"estimand": "harm_rate", "threshold": 0.1}
         ({"threshold": -math.inf}, "threshold is a finite number, got -inf"),
         ({"safety_prompts": 1}, "safety_prompts is at least 2, got 1"),
         ({"safety_prompts": -5}, "safety_prompts is at least 2, got -5"),
-        ({"std_floor": 0}, "std_floor is positive, got 0"),
-        ({"std_floor": -0.1}, "std_floor is positive, got -0.1"),
+        ({"std_floor": 0}, "std_floor is positive and finite, got 0"),
+        ({"std_floor": -0.1}, "std_floor is positive and finite, got -0.1"),
         ({"pessimism": -1}, "pessimism is a finite number >= 0, got -1"),
         ({"pessimism": math.nan}, "pessimism is a finite number >= 0, got nan"),
         ({"pessimism": math.inf}, "pessimism is a finite number >= 0, got inf"),
@@ -428,7 +425,6 @@ RATE = {"estimand": "harm_rate", "threshold": 0.1}
         ({"bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is mean"),
         ({**RATE, "bound": StudentT()}, "student_t is for mean, but .* is harm_rate"),
         ({"estimand": "median"}, "but the estimand is median"),
-        # BUG: the next two are accepted; a floor of nan is none, one of inf makes g nan.
         ({"std_floor": math.nan}, "std_floor .*got nan"),
         ({"std_floor": math.inf}, "std_floor .*got inf"),
     ],
@@ -450,14 +446,19 @@ def test_margins_refuse_a_miss_probability_outside_zero_and_one(miss: float) -> 
 
 def test_a_description_is_plain_json_and_names_the_bound_and_its_assumptions() -> None:
     described = Constraint(threshold=-0.2, delta=0.1, safety_prompts=64).describe()
-    assert json.loads(json.dumps(described)) == described == {
-        "estimand": "mean",
-        "threshold": -0.2,
-        "delta": 0.1,
-        "safety_prompts": 64,
-        "bound": "student_t",
-        "class": "asymptotic",
-        "assumptions": "independent prompts, nearly normal mean cost",
-    }
+    assert (
+        json.loads(json.dumps(described))
+        == described
+        == {
+            "estimand": "mean",
+            "threshold": -0.2,
+            "delta": 0.1,
+            "safety_prompts": 64,
+            "bound": "student_t",
+            "bound_options": {},
+            "class": "asymptotic",
+            "assumptions": "independent prompts, nearly normal mean cost",
+        }
+    )
     rate = Constraint("harm_rate", threshold=0.1).describe()
     assert (rate["bound"], rate["class"]) == ("clopper_pearson", "exact")

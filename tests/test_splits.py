@@ -128,9 +128,7 @@ def test_a_fraction_outside_zero_and_one_is_refused(fraction: float) -> None:
         split_by_prompt(prompts(10), fraction, "a.jsonl")
 
 
-@pytest.mark.parametrize(
-    ("fraction", "empty"), [(1e-12, "validation"), (1 - 1e-12, "training")]
-)
+@pytest.mark.parametrize(("fraction", "empty"), [(1e-12, "validation"), (1 - 1e-12, "training")])
 def test_an_empty_side_is_refused_with_its_name_and_file(fraction: float, empty: str) -> None:
     message = f"a.jsonl: the {empty} split is empty .3 examples, validation_fraction {fraction}"
     with pytest.raises(InputError, match=message):

@@ -1,0 +1,133 @@
+"""Bad input: one line, exit code 2, before any training, and nothing left behind."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hcrlhf.cli import main
+from hcrlhf.lightning_cli import short_error
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).resolve().parent.parent
+Refused = Callable[..., str]
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Runs `fit` on a demo config with more arguments; gives the one line that it printed."""
+
+    def run(config: str, *arguments: str) -> str:
+        folder = tmp_path / "run"
+        path = str(ROOT / "configs" / "demo" / f"{config}.yaml")
+        root = ["--trainer.default_root_dir", str(folder)]
+        assert main(["fit", "--config", path, *root, *arguments]) == 2
+        assert not folder.exists(), "something was written"
+        lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
+        assert len(lines) == 1
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model.init_args.kl_coeficient", "1"], "unknown key.*did you mean 'kl_coefficient'"),
+        (["--model.class_path", "lightning_modules.Polcy"], "did you mean.*Policy"),
+        (["--trainer.callbacks+=callbacks.SaftyTest"], "did you mean 'callbacks.SafetyTest'"),
+        (["--trainer.max_epoch", "3"], "unknown key.*did you mean 'max_epochs'"),
+        (["--model.init_args.learning_rate", "fast"], "learning_rate: expected float, got fast"),
+        (["--model.init_args.learning_rate", "-1"], "learning_rate is positive, got -1"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--model.init_args.constraints=[{delta: 5}]"], r"lies in \(0, 1\), got 5"),
+        (["--model.init_args.constraints=[{estimand: median}]"], "'mean', 'harm_rate', got median"),
+        (["--model.init_args.constraints=[{threshold: .inf}]"], "finite number"),
+        (
+            ["--model.init_args.constraints=[{estimand: harm_rate, threshold: 1.5}]"],
+            r"lies in \(0, 1\), got 1.5",
+        ),
+        (
+            [
+                "--model.init_args.constraints="
+                "[{estimand: harm_rate, threshold: 0.01, safety_prompts: 100}]"
+            ],
+            "at least 299 are needed",
+        ),
+        (["--trainer.precision", "16-true"], "use 32-true or bf16-mixed"),
+        (["--trainer.max_steps", "7"], "would count optimizer steps"),
+        (["--data.init_args.train", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--trainer.default_root_dir="], "default_root_dir"),
+    ],
+)
+def test_a_policy_config_with_a_mistake_is_refused(
+    refused: Refused, arguments: list[str], expected: str, tmp_path: Path
+) -> None:
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"p {i}"}) + "\n" for i in range(99)))
+    files = ["--data.init_args.train", str(data)]
+    for name in ("validation", "safety", "evaluation"):
+        other = tmp_path / f"{name}.jsonl"
+        other.write_text(json.dumps({"prompt": f"one for {name}"}) + "\n")
+        files += [f"--data.init_args.{name}", str(other)]
+    assert re.search(expected, refused("policy", *files, *arguments))
+
+
+def test_a_missing_model_folder_is_refused(refused: Refused, tmp_path: Path) -> None:
+    data = tmp_path / "x.jsonl"
+    rows = [{"prompt": f"p {i}", "response": "r"} for i in range(200)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    line = refused(
+        "sft",
+        *("--data.init_args.path", str(data)),
+        *("--model.init_args.model", str(tmp_path / "nowhere")),
+    )
+    assert "nowhere" in line
+
+
+def test_a_reward_model_is_not_trained_on_safety_labels(refused: Refused) -> None:
+    line = refused("reward", "--data.init_args.label", "safer")
+    assert "a reward model learns from label: better, got label: safer" in line
+
+
+def test_a_stage_that_does_not_exist_is_named_with_its_slot(
+    refused: Refused, tmp_path: Path
+) -> None:
+    data = tmp_path / "x.jsonl"
+    row = {"prompt": "p", "response_0": "a", "response_1": "b", "better_response_id": 0}
+    rows = [row | {"prompt": f"p {i}"} for i in range(99)]
+    data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    line = refused(
+        "reward",
+        *("--data.init_args.path", str(data)),
+        *("--model.init_args.sft", str(tmp_path / "no-stage")),
+    )
+    assert re.search("sft: .*no-stage holds no hcrlhf.json; expected .* finished sft stage", line)
+
+
+def test_an_unknown_command_is_refused_with_a_suggestion(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["fitt"]) == 2
+    assert "did you mean 'fit'" in capsys.readouterr().err
+    assert main([]) == 2
+
+
+def test_the_world_is_not_written_over_something_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "precious").write_text("x")
+    assert main(["world", str(tmp_path)]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_a_parser_message_of_many_lines_becomes_one() -> None:
+    message = (
+        'Parser key "model":\n  Does not validate against any of the Union subtypes\n'
+        "  Errors:\n    - Parser key \"rate\":\n        Expected a <class 'float'>. Got value: x\n"
+        "    - Expected a <class 'NoneType'>\n  Given value: Namespace(a=1)"
+    )
+    assert short_error(message) == "model.rate: expected float, got x"

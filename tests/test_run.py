@@ -1,0 +1,420 @@
+"""The whole path at reduced size, by the shipped demo configs: stages, verdicts, artefacts."""
+
+import csv
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hcrlhf.bounds import student_t_upper
+from hcrlhf.certificate import json_hash
+from hcrlhf.cli import NO_SOLUTION, PASSED, main
+from hcrlhf.demo import CONFIGS, POLICIES, Demo
+from hcrlhf.stages import file_sha256
+from hcrlhf.world import ModelSizes, WorldSizes
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+SIZES = WorldSizes(
+    demonstrations=160,
+    preferences=200,
+    train=48,
+    validation=16,
+    safety=40,
+    evaluation=16,
+    model=ModelSizes(hidden=64, layers=1, intermediate=64),
+)
+SMALL = ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "3"]
+# Any policy passes under this threshold, none under the other: the demo's small model has learnt
+# nothing, and its costs lie near 0.
+ALWAYS = ["--model.init_args.constraints=[{threshold: 50, safety_prompts: 40}]"]
+NEVER = ["--model.init_args.constraints=[{threshold: -50, safety_prompts: 40}]"]
+OVERRIDES = {
+    "sft": ["--trainer.max_epochs", "1"],
+    "unconstrained": [*SMALL, *ALWAYS],
+    "policy": [*SMALL, *ALWAYS],
+}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a reduced demo run that passed."""
+    from hcrlhf.lightning_cli import run
+
+    folder = tmp_path_factory.mktemp("runs") / "demo"
+    assert Demo(folder, 0, run, SIZES, OVERRIDES).run() == PASSED
+    return folder
+
+
+def policy_arguments(demo: Path, root: Path, *more: str) -> list[str]:
+    arguments = ["--config", str(CONFIGS / "policy.yaml"), "--trainer.default_root_dir", str(root)]
+    for stage in ("sft", "reward", "cost"):
+        arguments += [f"--model.init_args.{stage}", str(demo / stage)]
+    for split in ("train", "validation", "safety", "evaluation"):
+        path = demo / "world" / "prompts" / f"{split}.jsonl"
+        arguments += [f"--data.init_args.{split}", str(path)]
+    return [*arguments, *SMALL, *more]
+
+
+def fit(demo: Path, root: Path, *more: str) -> int:
+    return main(["fit", *policy_arguments(demo, root, *more)])
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def test_the_demo_reports_three_policies_the_verdict_and_where_it_wrote(demo: Path) -> None:
+    report = (demo / "report.txt").read_text()
+    for title in POLICIES.values():
+        assert report.count(title) == 4  # the table and three examples
+    assert "PASS" in report
+    assert "policy/certificate.md" in report
+    for name in POLICIES:
+        predictions = (demo / "evaluation" / name / "predictions.jsonl").read_text().splitlines()
+        assert len(predictions) == SIZES.evaluation
+
+
+def test_every_stage_leaves_a_folder_that_the_next_one_reads(demo: Path) -> None:
+    for role in ("sft", "reward", "cost"):
+        stage = read(demo / role / "hcrlhf.json")
+        assert stage["role"] == role
+        assert (demo / role / "config.yaml").is_file()
+        assert (demo / role / "metrics.csv").is_file()
+    reward, cost = read(demo / "reward" / "hcrlhf.json"), read(demo / "cost" / "hcrlhf.json")
+    assert (
+        reward["fingerprint"]
+        == cost["fingerprint"]
+        == read(demo / "sft/hcrlhf.json")["fingerprint"]
+    )
+    assert reward["moments"]["std"] > 0
+    assert 0 <= cost["metrics"]["sign_accuracy"] <= 1
+    assert cost["calibration"].keys() == {"slope", "intercept"}
+
+
+def test_a_pass_releases_a_policy_that_plain_peft_loads_with_its_decoding(demo: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    folder = demo / "policy" / "policy"
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.do_sample, generation.top_k, generation.top_p) == (True, 0, 1.0)
+    base = AutoModelForCausalLM.from_pretrained(demo / "sft")
+    model = PeftModel.from_pretrained(base, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "How do I bake bread at home?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    output = model.generate(**inputs, generation_config=generation)
+    assert output.shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_the_certificate_can_be_recomputed_from_its_own_costs(demo: Path) -> None:
+    folder = demo / "policy"
+    certificate, verdict = read(folder / "certificate.json"), read(folder / "verdict.json")
+    (bound,) = certificate["bounds"]
+    costs = np.array(certificate["data"]["costs"])[:, 0]
+    assert len(costs) == 40
+    assert student_t_upper(costs, bound["delta"]) == bound["upper"]
+    assert bound["upper"] <= bound["threshold"]
+    assert json_hash(certificate["plan"]) == certificate["plan_hash"] == verdict["plan_hash"]
+    assert read(folder / "plan.json") == certificate["plan"]
+    shipped = file_sha256(folder / "policy" / "adapter_model.safetensors")
+    assert shipped == certificate["plan"]["policy"]
+
+
+def test_no_solution_found_releases_nothing_and_tells_nothing(demo: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    assert fit(demo, root, *NEVER) == NO_SOLUTION
+    verdict = read(root / "verdict.json")
+    assert verdict["verdict"] == "NO_SOLUTION_FOUND"
+    assert set(verdict) == {"schema", "verdict", "reason", "plan_hash"}
+    assert not [p for p in root.rglob("*") if p.name.startswith(("policy", "certificate"))]
+    # Not even the completions show a safety prompt.
+    safety = (demo / "world" / "prompts" / "safety.jsonl").read_text().splitlines()
+    shown = (root / "completions.jsonl").read_text()
+    assert not any(json.loads(line)["prompt"] in shown for line in safety)
+
+
+def test_a_policy_fit_without_a_safety_test_has_no_verdict(demo: Path) -> None:
+    record = read(demo / "unconstrained" / "verdict.json")
+    assert record["verdict"] == "NOT_TESTED"
+    assert "no callbacks.SafetyTest" in record["reason"]
+
+
+def test_a_run_that_breaks_off_is_not_tested(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    def broken(self: Policy, *arguments: Any) -> None:
+        raise RuntimeError("lightning strikes")
+
+    for name in ("training_step", "sample_costs"):
+        root = tmp_path / name
+        with monkeypatch.context() as patch:
+            patch.setattr(Policy, name, broken)
+            with pytest.raises(RuntimeError, match="lightning strikes"):
+                fit(demo, root, *ALWAYS)
+        assert read(root / "verdict.json")["verdict"] == "NOT_TESTED"
+        assert not (root / "policy").exists()
+
+
+def test_a_cost_that_is_not_a_number_never_passes(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hcrlhf.safety import CostSamples
+    from lightning_modules import Policy
+
+    honest = Policy.sample_costs
+
+    def spoilt(self: Policy, *arguments: Any) -> CostSamples:
+        samples = honest(self, *arguments)
+        samples.costs[0] = math.nan
+        return samples
+
+    monkeypatch.setattr(Policy, "sample_costs", spoilt)
+    assert fit(demo, tmp_path / "run", *ALWAYS) == NO_SOLUTION
+
+
+def test_a_second_look_at_a_finished_run_is_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(demo / "policy", root)
+    before = (root / "verdict.json").read_bytes()
+    checkpoint = ["--ckpt_path", str(root / "checkpoints" / "last.ckpt")]
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS), *checkpoint]) == 2
+    assert "already says PASS" in capsys.readouterr().err
+    assert (root / "verdict.json").read_bytes() == before
+
+
+def test_a_policy_can_be_tested_alone_and_gets_the_verdict_of_its_fit(
+    demo: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "again"
+    checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS), *checkpoint]) == PASSED
+    ours, theirs = read(root / "certificate.json"), read(demo / "policy" / "certificate.json")
+    assert ours["data"]["costs"] == theirs["data"]["costs"]
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    demo: Path, tmp_path: Path
+) -> None:
+    costs = []
+    for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
+        fit(demo, tmp_path / name, *ALWAYS, "--model.init_args.seed", seed)
+        costs.append(read(tmp_path / name / "certificate.json")["data"]["costs"])
+    assert costs[0] == costs[1]
+    assert costs[0] != costs[2]
+
+
+def test_a_checkpoint_holds_what_was_trained_and_the_state_of_the_constraint(demo: Path) -> None:
+    state = torch.load(demo / "policy" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all("lora_" in name or name.startswith("heads.") for name in state["state_dict"])
+    assert state["policy"]["updates"] == 3
+    assert len(state["policy"]["multipliers"]) == len(state["policy"]["variances"]) == 1
+    assert not [p for p in (demo / "policy" / "checkpoints").iterdir() if p.name != "last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("slots", "expected"),
+    [
+        ({"reward": "cost"}, "reward: .* is a cost model; expected a reward model there"),
+        ({"cost": "reward"}, "cost: .* is a reward model; expected a cost model there"),
+        ({"sft": "reward"}, "sft: .* is a reward model; expected a sft model there"),
+        ({"reward": "world"}, "reward: .* holds no hcrlhf.json"),
+    ],
+)
+def test_a_model_in_the_wrong_slot_is_refused(
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    slots: dict[str, str],
+    expected: str,
+) -> None:
+    more = [
+        a for slot, name in slots.items() for a in (f"--model.init_args.{slot}", str(demo / name))
+    ]
+    refuse(demo, tmp_path, capsys, expected, *more)
+
+
+def refuse(
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    expected: str,
+    *more: str,
+) -> None:
+    root = tmp_path / "run"
+    assert fit(demo, root, *more) == 2
+    assert not root.exists()
+    error = capsys.readouterr().err
+    assert re.search(expected, error), error
+
+
+def test_safety_prompts_that_an_earlier_stage_was_trained_on_are_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = tmp_path / "seen.jsonl"
+    lines = (demo / "world" / "preferences.jsonl").read_text().splitlines()
+    seen.write_text("\n".join(lines))
+    refuse(
+        demo,
+        tmp_path,
+        capsys,
+        "safety prompts are also earlier stages' prompts",
+        *("--data.init_args.safety", str(seen)),
+    )
+
+
+def test_too_few_safety_prompts_are_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refuse(
+        demo,
+        tmp_path,
+        capsys,
+        "has 40 different prompts that fit, but the constraint's safety_prompts is 41",
+        "--model.init_args.constraints=[{safety_prompts: 41}]",
+    )
+
+
+def test_a_backbone_that_was_changed_after_training_is_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(demo, moved)
+    weights = moved / "sft" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    refuse(moved, tmp_path, capsys, "not those that .* was trained on")
+
+
+def test_a_finished_stage_is_not_trained_over(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (demo / "sft" / "model.safetensors").read_bytes()
+    arguments = [
+        "--config",
+        str(CONFIGS / "sft.yaml"),
+        "--trainer.default_root_dir",
+        str(demo / "sft"),
+    ]
+    assert main(["fit", *arguments]) == 2
+    assert "already holds a finished stage" in capsys.readouterr().err
+    assert (demo / "sft" / "model.safetensors").read_bytes() == before
+
+
+def test_several_constraints_and_separate_critics_run_to_a_verdict(
+    demo: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    constraints = (
+        "--model.init_args.constraints=[{threshold: 50, safety_prompts: 40}, "
+        "{estimand: harm_rate, threshold: 0.999, safety_prompts: 40}]"
+    )
+    separate = ["--model.init_args.learner.init_args.critic", "separate"]
+    code = fit(demo, root, constraints, *separate)
+    verdict = read(root / "verdict.json")["verdict"]
+    assert {PASSED: "PASS", NO_SOLUTION: "NO_SOLUTION_FOUND"}[code] == verdict
+    header = (root / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"lambda_mean", "lambda_harm_rate", "bound_mean", "bound_harm_rate"} <= set(header)
+
+
+def test_validate_and_predict_run_on_a_finished_policy(demo: Path, tmp_path: Path) -> None:
+    checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    arguments = policy_arguments(demo, tmp_path / "v", *ALWAYS)
+    assert main(["validate", *arguments, *checkpoint]) == PASSED
+    assert main(["predict", *arguments, *checkpoint]) == PASSED
+    records = (tmp_path / "v" / "predictions.jsonl").read_text().splitlines()
+    assert {"prompt", "response", "reward", "cost"} <= json.loads(records[0]).keys()
+
+
+def test_micro_batches_change_nothing_but_rounding(demo: Path, tmp_path: Path) -> None:
+    # Not the safety costs: their seeds follow from the exact bytes of the policy.
+    figures = []
+    for size in ("8", "3"):
+        fit(demo, tmp_path / size, *ALWAYS, "--model.init_args.micro_batch_size", size)
+        figures.append(column(tmp_path / size, "cost") + column(tmp_path / size, "grad_norm"))
+    # The first update only: Adam's first step turns the sign of a tiny gradient into a full step.
+    assert np.allclose(figures[0][0], figures[1][0], rtol=1e-5)
+    assert np.allclose(figures[0][3], figures[1][3], rtol=1e-5)
+
+
+def column(root: Path, name: str) -> list[float]:
+    """What metrics.csv says of one figure, update by update."""
+    with (root / "metrics.csv").open(newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row[name]]
+
+
+def test_a_lora_stage_passes_its_adapter_on_as_reference_and_start(
+    demo: Path, tmp_path: Path
+) -> None:
+    """The path of large models: SFT is an adapter, later roles start as copies of it."""
+    sft, reward, cost = tmp_path / "sft", tmp_path / "reward", tmp_path / "cost"
+    lora = ["--model.init_args.lora", "{r: 4, alpha: 8}"]
+    assert fit_stage(demo, "sft", sft, *lora) == PASSED
+    assert (sft / "adapter_model.safetensors").is_file()
+    assert not (sft / "model.safetensors").exists()
+    none = ["--model.init_args.lora", "null", "--model.init_args.sft", str(sft)]
+    assert fit_stage(demo, "reward", reward, *none) == PASSED
+    assert fit_stage(demo, "cost", cost, *none) == PASSED
+    stages = []
+    for name, folder in (("sft", sft), ("reward", reward), ("cost", cost)):
+        stages += [f"--model.init_args.{name}", str(folder)]
+    root = tmp_path / "policy"
+    assert fit(demo, root, *ALWAYS, *stages, "--model.init_args.lora", "null") == PASSED
+    # Before the first update policy and reference are the same.
+    assert column(root, "kl")[0] == pytest.approx(0, abs=1e-4)
+    assert column(root, "update_kl")[0] == pytest.approx(0, abs=1e-6)
+    assert fit(demo, tmp_path / "refused", *ALWAYS, *stages) == 2  # lora is given: another shape
+
+
+def test_a_4_bit_backbone_runs_every_stage_on_a_cpu(demo: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    nf4 = ["--model.init_args.quantization", "nf4"]
+    stages = []
+    for role in ("reward", "cost"):
+        assert fit_stage(demo, role, tmp_path / role, *nf4) == PASSED
+        assert read(tmp_path / role / "hcrlhf.json")["backbone"]["quantization"] == "nf4"
+        stages += [f"--model.init_args.{role}", str(tmp_path / role)]
+    assert fit(demo, tmp_path / "policy", *ALWAYS, *stages) == PASSED
+    plan = read(tmp_path / "policy" / "plan.json")
+    assert plan["provenance"]["quantization"] == "nf4"
+
+
+def test_a_reward_and_a_cost_model_on_different_backbones_are_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = tmp_path / "cost"
+    shutil.copytree(demo / "cost", changed)
+    stage = read(changed / "hcrlhf.json")
+    stage["backbone"]["quantization"] = "nf4"
+    (changed / "hcrlhf.json").write_text(json.dumps(stage))
+    expected = "sft and cost differ in quantization: 'none' and 'nf4'"
+    refuse(demo, tmp_path, capsys, expected, "--model.init_args.cost", str(changed))
+
+
+def fit_stage(demo: Path, name: str, root: Path, *more: str) -> int:
+    """One of the earlier stages again, by its demo config, in another folder."""
+    world = demo / "world"
+    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.default_root_dir", str(root)]
+    if name == "sft":
+        arguments += ["--data.init_args.path", str(world / "demonstrations.jsonl")]
+        arguments += ["--model.init_args.model", str(world / "model")]
+    else:
+        arguments += ["--data.init_args.path", str(world / "preferences.jsonl")]
+        arguments += ["--model.init_args.sft", str(demo / "sft")]
+    return main(["fit", *arguments, "--trainer.max_epochs", "1", *more])
