@@ -199,7 +199,8 @@ class Runs:
         def work() -> None:
             shutil.rmtree(self.out / name, ignore_errors=True)  # of an interrupted run
             code = self.call("fit", config, name, settings, *more)
-            if code not in (cli.PASSED, cli.NO_SOLUTION):
+            finished = self.out / name / ("verdict.json" if config == "policy" else STAGE_FILE)
+            if code not in (cli.PASSED, cli.NO_SOLUTION) or not finished.is_file():
                 raise SystemExit(f"{name} ended with exit code {code}")
 
         self.once(name, work)
@@ -236,8 +237,8 @@ def make_backbone(folder: Path, texts: Sequence[str], seed: int = 0) -> None:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
+        hidden_size=96,
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=4,

@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from hcrlhf.errors import InputError
+from hcrlhf.safety import SafetyTestable
 
 
 class Completions(Callback):
@@ -28,6 +29,13 @@ class Completions(Callback):
             raise InputError(f"count is a whole number >= 0, got {count}")
         self.count = count
         self.predictions = predictions
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not isinstance(pl_module, SafetyTestable):
+            raise InputError(
+                f"Completions writes what a policy answers, and {type(pl_module).__name__} is "
+                "none; remove callbacks.Completions from the config"
+            )
 
     def on_validation_batch_end(
         self,

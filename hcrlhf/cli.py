@@ -44,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("hcrlhf: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except SystemExit as end:  # argparse and Lightning leave by this door
+    except SystemExit as end:  # argparse leaves by this door, and Lightning after Ctrl-C
+        if isinstance(end.__context__, KeyboardInterrupt):
+            return INTERRUPTED
         return end.code if isinstance(end.code, int) else (CRASHED if end.code else PASSED)
 
 

@@ -132,6 +132,21 @@ class CLI(LightningCLI):
                 "trainer.default_root_dir, or remove that folder"
             )
 
+    def before_fit(self) -> None:
+        """Settings of the trainer that cannot reach a module which steps by itself."""
+        if self.model.automatic_optimization:
+            return
+        if self.trainer.gradient_clip_val is not None:
+            raise InputError(
+                "trainer.gradient_clip_val does not reach the steps of a policy; remove it and "
+                "set model.init_args.max_grad_norm"
+            )
+        if self.trainer.accumulate_grad_batches != 1:
+            raise InputError(
+                "trainer.accumulate_grad_batches does not reach the steps of a policy; remove it "
+                "and set model.init_args.micro_batch_size"
+            )
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand].trainer
         if config.logger in (None, True):

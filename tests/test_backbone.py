@@ -145,6 +145,21 @@ def test_log_probs_are_those_of_the_plain_model(
         assert torch.equal(row[count:], torch.zeros(len(row) - count))
 
 
+def test_padding_does_not_move_a_sequence_in_a_model_with_absolute_positions() -> None:
+    # Llama's rotary positions are relative and would not notice.
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=100, n_positions=32, n_embd=32, n_layer=2, n_head=4)
+    lm = GPT2LMHeadModel(config).eval()
+    torch.nn.init.normal_(lm.transformer.wpe.weight)
+    expected = [plain_log_probs(lm, sequence).detach() for sequence in SEQUENCES]
+    backbone, tokens = Backbone(lm), batch()
+    found = backbone.log_probs(backbone.hidden(tokens), tokens)
+    for row, one in zip(found, expected, strict=True):
+        torch.testing.assert_close(row[: len(one)].detach(), one, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("chunk", [4096, 4, 1])
 def test_gradients_are_those_of_the_plain_model_with_and_without_chunks(
     bare: Backbone, lm: Any, chunk: int
@@ -544,6 +559,14 @@ def test_dropping_a_role_leaves_the_others_as_they_were(roles: Backbone, dropped
     with roles.role(BASE):
         pass
     assert trainable_names(roles) == trained
+
+
+def test_a_dropped_name_can_be_used_again_for_a_frozen_role(roles: Backbone) -> None:
+    roles.add_head("critic", trainable=True)
+    roles.drop_role("critic")
+    roles.add_role("critic", LORA, trainable=False)
+    roles.add_head("critic", trainable=False)
+    assert trained_names(roles) == trainable_names(roles) == adapter_names_of(roles, "actor")
 
 
 def test_inference_gives_the_training_mode_back_and_makes_no_graph(roles: Backbone) -> None:

@@ -59,6 +59,8 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         ),
         (["--trainer.precision", "16-true"], "use 32-true or bf16-mixed"),
         (["--trainer.max_steps", "7"], "would count optimizer steps"),
+        (["--trainer.gradient_clip_val", "1"], "set model.init_args.max_grad_norm"),
+        (["--trainer.accumulate_grad_batches", "2"], "set model.init_args.micro_batch_size"),
         (["--data.init_args.train", "missing.jsonl"], "missing.jsonl does not exist"),
         (["--trainer.default_root_dir="], "default_root_dir"),
     ],

@@ -14,7 +14,7 @@ import torch
 
 from hcrlhf.bounds import student_t_upper
 from hcrlhf.certificate import json_hash
-from hcrlhf.cli import NO_SOLUTION, PASSED, main
+from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.demo import CONFIGS, POLICIES, Demo
 from hcrlhf.stages import file_sha256
 from hcrlhf.world import ModelSizes, WorldSizes
@@ -167,6 +167,19 @@ def test_a_run_that_breaks_off_is_not_tested(
                 fit(demo, root, *ALWAYS)
         assert read(root / "verdict.json")["verdict"] == "NOT_TESTED"
         assert not (root / "policy").exists()
+
+
+def test_an_interrupted_run_says_so_and_is_not_tested(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    def interrupted(self: Policy, *arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Policy, "training_step", interrupted)
+    assert fit(demo, tmp_path / "run", *ALWAYS) == INTERRUPTED
+    assert read(tmp_path / "run" / "verdict.json")["verdict"] == "NOT_TESTED"
 
 
 def test_a_cost_that_is_not_a_number_never_passes(

@@ -218,6 +218,14 @@ def test_decoding_gives_responses_without_padding_and_special_tokens(
     assert encoder.decode(tokens) == ["two", "", "one tw", "a b"]
 
 
+def test_decoding_goes_by_the_mask_and_not_by_the_padding_token(
+    make_tokenizer: MakeTokenizer,
+) -> None:
+    encoder = TextEncoder(make_tokenizer(), ChatFormat())
+    tokens = collate([Encoded([5], ids_of("a")), Encoded([5], ids_of("bcd"))], ids_of("x")[0])
+    assert encoder.decode(tokens) == ["a", "bcd"]
+
+
 def test_a_tokenizer_without_eos_is_refused(make_tokenizer: MakeTokenizer) -> None:
     with pytest.raises(InputError, match=r"no EOS token.*set eos_token"):
         TextEncoder(make_tokenizer(eos=None), ChatFormat())
