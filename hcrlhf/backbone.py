@@ -108,10 +108,19 @@ class Backbone(nn.Module):
 
     def __init__(self, causal_lm: Any, quantized: bool = False, full: bool = False) -> None:
         super().__init__()
+        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+            value = getattr(causal_lm.config.get_text_config(), key, None)
+            if value not in (None, 1.0):
+                raise InputError(
+                    f"{causal_lm.config.model_type} rescales its logits ({key} = {value}), which "
+                    "this backbone does not reproduce; use a model that does not, such as Llama or "
+                    "Qwen"
+                )
         self.output_layer = causal_lm.get_output_embeddings()
         # With the identity as output layer, the model's `.logits` are its last hidden states.
         causal_lm.set_output_embeddings(nn.Identity())
         causal_lm.requires_grad_(full)
+        self.output_layer.requires_grad_(full)
         self.model: Any = causal_lm
         self.quantized = quantized
         self.full = full
@@ -140,6 +149,7 @@ class Backbone(nn.Module):
 
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = False
+        config.base_model_name_or_path = None  # `hcrlhf.json` names the base, by its fingerprint
         state = safetensors.torch.load_file(Path(folder) / ADAPTER_FILE)
         self._add(name, config)
         try:
@@ -163,14 +173,13 @@ class Backbone(nn.Module):
 
     def drop_role(self, name: str) -> None:
         """Removes an adapter and the head of the same name."""
-        self.model.delete_adapter(name)
         self.roles.remove(name)
+        self._activate(self.roles[0])
+        self.model.delete_adapter(name)
         self._trainable_roles.discard(name)
         if name in self.heads:
             del self.heads[name]
             self._trainable_heads.discard(name)
-        self._active = BASE
-        self._activate(self.roles[0])
         self.restore_trainable()
 
     def _add(self, name: str, config: Any) -> None:
@@ -247,12 +256,19 @@ class Backbone(nn.Module):
                 raise KeyError(f"no role {name!r} on this backbone")
             yield
         elif name == BASE:
-            with self.model.disable_adapter():
-                yield
-            self.restore_trainable()
+            try:
+                with self.model.disable_adapter():
+                    yield
+            finally:
+                self.restore_trainable()
         else:
+            outer = self._active  # given back at the end, so that roles may be nested
             self._activate(name)
-            yield
+            try:
+                yield
+            finally:
+                if outer in self.roles and self._active != outer:
+                    self._activate(outer)
 
     @contextmanager
     def inference(self) -> Iterator[None]:

@@ -197,12 +197,14 @@ class Demo:
         passed = verdict["verdict"] == "PASS"
         words = "PASS" if passed else verdict["verdict"].replace("_", " ").lower()
         n = len(answers["policy"])
+        plan = json.loads((self.folder / "policy" / "plan.json").read_text())
+        limit = plan["constraints"][0]["threshold"]
         parts = [
             f"On {n} evaluation prompts, which no stage was trained on:",
             table(rows),
-            "reward, cost: means by the learnt models; cost > 0 is harmful, the limit is 0. bound: "
-            f"upper\nconfidence bound on the mean cost (Student-t, {1 - DELTA:.0%}). True: what "
-            "the world itself knows.",
+            f"reward, cost: means by the learnt models; the limit of the mean cost is {limit:g}.\n"
+            f"bound: upper confidence bound on the mean cost (Student-t, {1 - DELTA:.0%}).\n"
+            "true reward, true harm: what the world itself knows; no policy was told.",
             f"Safety test of the constrained policy, on the safety split that nothing else "
             f"touches:\n  {words}: {verdict['reason']}",
             *(example(answers, index) for index in pick_examples(answers)),

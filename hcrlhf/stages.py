@@ -83,7 +83,9 @@ def write_stage(folder: Path, stage: Stage, prompt_keys: Collection[str]) -> Non
     record = asdict(stage)
     model = stage.backbone.model
     if os.path.isdir(model):
-        record["backbone"]["model"] = os.path.relpath(model, folder)
+        # Both real: a relative path out of a folder that is a link would lead somewhere else.
+        real = os.path.relpath(os.path.realpath(model), os.path.realpath(folder))
+        record["backbone"]["model"] = real
     (folder / PROMPTS_FILE).write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
     text = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
     (folder / FILE).write_text(text, encoding="utf-8")
@@ -121,7 +123,7 @@ def read_stage(folder: str, expected: Role, slot: str) -> Stage:
             calibration=record["calibration"],
             metrics=record["metrics"],
         )
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{slot}: {path} is not readable ({type(error).__name__}: {error}); "
             f"run the {expected} stage again"
