@@ -141,11 +141,14 @@ class SafetyTest(Callback):
             self._write(trainer, "NO_SOLUTION_FOUND", "the safety test was not passed", plan_hash)
             return
         record = certificate.make_certificate(constraints, judgements, samples, plan)
-        self._release(module, folder, policy_hash)
+        candidate = self._write_policy(module, folder, policy_hash)
         certificate.write_json(folder / CERTIFICATE_FILE, record)
         page = certificate.certificate_page(record)
         (folder / "certificate.md").write_text(page, encoding="utf-8")
         self._write(trainer, "PASS", "every bound is within its limit", plan_hash)
+        # Last of all: wherever this breaks off, there is no policy/ without a PASS.
+        shutil.rmtree(folder / "policy", ignore_errors=True)
+        os.replace(candidate, folder / "policy")
 
     def _sample(self, pl_module: LightningModule, keys: list[str], policy_hash: str) -> CostSamples:
         seed = certificate.response_seed_text(policy_hash, keys)
@@ -161,20 +164,19 @@ class SafetyTest(Callback):
         return CostSamples.join(parts)
 
     @staticmethod
-    def _release(module: SafetyTestable, folder: Path, policy_hash: str) -> None:
-        """Writes policy/ whole or not at all, and checks that it is what was tested.
+    def _write_policy(module: SafetyTestable, folder: Path, policy_hash: str) -> Path:
+        """Writes the policy to policy.tmp, and checks that it is what was tested.
 
         Raises:
             RuntimeError: the weights written are not those that were tested.
         """
-        temporary, final = folder / "policy.tmp", folder / "policy"
+        temporary = folder / "policy.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         module.save_policy(temporary)
         if file_sha256(temporary / "adapter_model.safetensors") != policy_hash:
             shutil.rmtree(temporary)
             raise RuntimeError("the policy that was written is not the policy that was tested")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
+        return temporary
 
     # -- fail closed ---------------------------------------------------------------------------
 

@@ -57,6 +57,7 @@ def _run(arguments: list[str]) -> int:
     if command == "demo":
         from hcrlhf import demo
 
+        _no_weight_bars()
         return demo.main(rest, run_trainer)
     if command == "world":
         return _world(rest)
@@ -73,9 +74,17 @@ def _world(arguments: list[str]) -> int:
         raise InputError(f"{options.folder} is not empty; give a new folder")
     from hcrlhf.world import write_world
 
+    _no_weight_bars()
     write_world(options.folder, options.seed)
     print(f"wrote {options.folder}")
     return PASSED
+
+
+def _no_weight_bars() -> None:
+    """transformers draws a progress bar for every weight file, however small."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -105,7 +105,9 @@ class Demo:
         codes = {}
         for number, (stage, title) in enumerate(titles.items(), start=2):
             self._say(number, title, self.folder / stage)
+            begin = time.monotonic()
             codes[stage] = self._fit(stage)
+            print(f"  {time.monotonic() - begin:.0f} s", flush=True)
         self._say(7, "all three policies answer the evaluation prompts", self.folder / "evaluation")
         answers = {name: self._predict(name) for name in POLICIES}
         rows = [summarise(title, answers[name]) for name, title in POLICIES.items()]
@@ -177,7 +179,8 @@ class Demo:
         stage = "policy" if name == "sft" else name
         folder = self.folder / "evaluation" / name
         arguments = ["predict", *self._arguments(stage), "--trainer.default_root_dir", str(folder)]
-        arguments += ["--trainer.callbacks", "callbacks.Completions", "--trainer.logger", "false"]
+        arguments += ["--trainer.callbacks", "callbacks.Completions"]
+        arguments += ["--trainer.enable_progress_bar", "false"]
         if name != "sft":
             checkpoint = self.folder / name / "checkpoints" / "last.ckpt"
             arguments += ["--ckpt_path", str(checkpoint)]
