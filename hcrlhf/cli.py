@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from hcrlhf import __version__
 from hcrlhf.errors import InputError
 
 PASSED, CRASHED, BAD_INPUT, NO_SOLUTION, NOT_TESTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
@@ -36,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return PASSED if arguments else BAD_INPUT
+    if arguments[0] == "--version":
+        print(f"hcrlhf {__version__}")
+        return PASSED
     try:
         return _run(arguments)
     except InputError as error:
@@ -89,7 +93,8 @@ def _no_weight_bars() -> None:
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """ " (did you mean …?)" where a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    others = [name for name in known if name != word]
+    near = difflib.get_close_matches(word, others, n=1, cutoff=0.6)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 

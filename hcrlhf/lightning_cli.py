@@ -118,14 +118,22 @@ class CLI(LightningCLI):
     """Adds the run folder: `trainer.default_root_dir` holds everything that a run writes."""
 
     def before_instantiate_classes(self) -> None:
-        trainer = self.config[self.subcommand].trainer
+        config = self.config[self.subcommand]
+        trainer = config.trainer
+        if not config.get("data"):
+            raise InputError(
+                "no data is given; the config's data names a data module, for example "
+                "class_path: datamodules.Prompts"
+            )
         if not trainer.default_root_dir:
             raise InputError(
                 "trainer.default_root_dir names the run's folder, and it is not set; for example "
                 "--trainer.default_root_dir runs/my-run"
             )
         folder = Path(trainer.default_root_dir)
-        resumed = getattr(self.config[self.subcommand], "ckpt_path", None)
+        resumed = config.get("ckpt_path")
+        if resumed not in (None, "last", "best", "hpc", "registry") and not Path(resumed).is_file():
+            raise InputError(f"--ckpt_path {resumed} does not exist; expected a checkpoint file")
         if self.subcommand == "fit" and (folder / STAGE_FILE).is_file() and not resumed:
             raise InputError(
                 f"{folder} already holds a finished stage; choose another "
@@ -290,7 +298,12 @@ def remedy(text: str) -> str:
         return f"no module {found[1]!r}{did_you_mean(found[1], KNOWN_CLASSES)}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", text):
         return f"unknown key {found[1]!r}{did_you_mean(found[1], known_keys())}"
-    if found := re.search(r"unrecognized arguments: -*([\w.]+)", text):
+    if re.match(r"Unexpected config:?$", text):
+        return "a config file holds no keys; expected YAML with model, data and trainer"
+    if found := re.search(r"arguments are required: fit.model|are required: \w+\.model", text):
+        return "no model is given; name a config with --config FILE.yaml"
+    unknown = r"(?:unrecognized arguments: -*|does not accept option ')([\w.]+)"
+    if found := re.search(unknown, text):
         key = found[1].removeprefix("model.").removeprefix("data.").removeprefix("trainer.")
         near = did_you_mean(key.rpartition(".")[2], known_keys())
         return f"unknown key {found[1]!r}{near}"
