@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from hcrlhf.bounds import student_t_upper
@@ -406,6 +407,16 @@ def test_a_4_bit_backbone_runs_every_stage_on_a_cpu(demo: Path, tmp_path: Path) 
     assert fit(demo, tmp_path / "policy", *ALWAYS, *stages) == PASSED
     plan = read(tmp_path / "policy" / "plan.json")
     assert plan["provenance"]["quantization"] == "nf4"
+
+
+def test_mixed_precision_and_gradient_checkpointing_run_to_a_verdict(
+    demo: Path, tmp_path: Path
+) -> None:
+    more = ["--trainer.precision", "bf16-mixed", "--model.init_args.gradient_checkpointing", "true"]
+    assert fit(demo, tmp_path / "run", *ALWAYS, *more) == PASSED
+    # The adapter that is shipped stays float32.
+    state = safetensors.torch.load_file(tmp_path / "run" / "policy" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.float32}
 
 
 def test_a_reward_and_a_cost_model_on_different_backbones_are_refused(
