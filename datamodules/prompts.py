@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -99,9 +99,14 @@ class Prompts(EncodedLoading):
             "training",
             self.prompts_per_update,
             batch_sampler=lambda count: UpdateSampler(
-                count, self.prompts_per_update, self.updates, self.seed
+                count, self.prompts_per_update, self.updates, self.seed, self._updates_done
             ),
         )
+
+    def _updates_done(self) -> int:
+        """How many updates the policy has behind it: not 0 in a run that is resumed."""
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        return int(getattr(module, "updates", 0))
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.loader(self.prompts["validation"], "validation", self.batch_size)
@@ -123,26 +128,37 @@ class UpdateSampler(Sampler[list[int]]):
 
     A batch is a function of (seed, its number) alone, and never holds one prompt twice: the rest
     of a pass that does not fill a batch is left out of that pass.
+
+    Args:
+        done: how many updates are behind the policy when an iteration begins; their batches are
+            left out, so that a resumed run goes on where the broken one was.
     """
 
-    def __init__(self, prompts: int, batch_size: int, updates: int, seed: int) -> None:
+    def __init__(
+        self,
+        prompts: int,
+        batch_size: int,
+        updates: int,
+        seed: int,
+        done: Callable[[], int] = lambda: 0,
+    ) -> None:
         if prompts < batch_size:
             raise InputError(
                 f"{prompts} training prompts fit max_prompt_tokens, fewer than prompts_per_update "
                 f"{batch_size}"
             )
         self.prompts, self.batch_size, self.updates, self.seed = prompts, batch_size, updates, seed
+        self.done = done
 
     def __len__(self) -> int:
         return self.updates
 
     def __iter__(self) -> Iterator[list[int]]:
         per_pass = self.prompts // self.batch_size
-        for update in range(self.updates):
+        for update in range(self.done() % self.updates, self.updates):
             number, place = divmod(update, per_pass)
-            if place == 0:
-                generator = torch.Generator().manual_seed(
-                    response_seed(self.seed, "order", number) % 2**63
-                )
-                order = torch.randperm(self.prompts, generator=generator).tolist()
+            generator = torch.Generator().manual_seed(
+                response_seed(self.seed, "order", number) % 2**63
+            )
+            order = torch.randperm(self.prompts, generator=generator).tolist()
             yield order[place * self.batch_size : (place + 1) * self.batch_size]

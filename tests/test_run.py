@@ -241,6 +241,34 @@ def test_a_checkpoint_holds_what_was_trained_and_the_state_of_the_constraint(dem
     assert not [p for p in (demo / "policy" / "checkpoints").iterdir() if p.name != "last.ckpt"]
 
 
+def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    every = '{"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}'
+    callbacks = f'--trainer.callbacks=[{every}, {{"class_path": "callbacks.SafetyTest"}}]'
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert fit(demo, whole, *ALWAYS, callbacks) == PASSED
+    honest = Policy.training_step
+
+    def interrupted(self: Policy, batch: Any, batch_idx: int) -> None:
+        if self.updates == 2:
+            raise KeyboardInterrupt
+        honest(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "training_step", interrupted)
+        assert fit(demo, part, *ALWAYS, callbacks) == INTERRUPTED
+    assert fit(demo, part, *ALWAYS, callbacks, "--ckpt_path", "last") == PASSED
+    name = "policy/adapter_model.safetensors"
+    assert (part / name).read_bytes() == (whole / name).read_bytes()
+    certificates = [read(folder / "certificate.json") for folder in (whole, part)]
+    assert certificates[0] == certificates[1]
+    # The figures before the break are kept.
+    assert (part / "metrics-1.csv").is_file()
+
+
 @pytest.mark.parametrize(
     ("slots", "expected"),
     [
