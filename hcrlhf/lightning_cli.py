@@ -23,7 +23,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 # What YAML may name without a second thought: importing registers the classes.
@@ -175,6 +175,8 @@ def run(arguments: Sequence[str]) -> int:
     _quiet()
     try:
         cli = _cli(arguments)
+    except SIGTERMException:  # a SystemExit without a code: it would read as success
+        return INTERRUPTED
     except MisconfigurationException as error:
         raise InputError(one_line(error)) from error
     except Exception as error:

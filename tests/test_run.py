@@ -3,8 +3,10 @@
 import csv
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -178,9 +180,13 @@ def test_an_interrupted_run_says_so_and_is_not_tested(
     def interrupted(self: Policy, *arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Policy, "training_step", interrupted)
-    assert fit(demo, tmp_path / "run", *ALWAYS) == INTERRUPTED
-    assert read(tmp_path / "run" / "verdict.json")["verdict"] == "NOT_TESTED"
+    def terminated(self: Policy, *arguments: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    for name, step in (("c", interrupted), ("t", terminated)):
+        monkeypatch.setattr(Policy, "training_step", step)
+        assert fit(demo, tmp_path / name, *ALWAYS) == INTERRUPTED
+        assert read(tmp_path / name / "verdict.json")["verdict"] == "NOT_TESTED"
 
 
 def test_a_cost_that_is_not_a_number_never_passes(
