@@ -423,8 +423,10 @@ def test_a_lora_stage_passes_its_adapter_on_as_reference_and_start(
     for name, folder in (("sft", sft), ("reward", reward), ("cost", cost)):
         stages += [f"--model.init_args.{name}", str(folder)]
     root = tmp_path / "policy"
-    assert fit(demo, root, *ALWAYS, *stages, "--model.init_args.lora", "null") == PASSED
-    # Before the first update policy and reference are the same.
+    once = [f"--model.init_args.learner.init_args.{key}=1" for key in ("epochs", "minibatches")]
+    assert fit(demo, root, *ALWAYS, *stages, *once, "--model.init_args.lora", "null") == PASSED
+    # Before the first update policy and reference are the same, and so are the policy that sampled
+    # and the one whose gradient is taken: the ratio of the first minibatch is 1.
     assert column(root, "kl")[0] == pytest.approx(0, abs=1e-4)
     assert column(root, "update_kl")[0] == pytest.approx(0, abs=1e-6)
     assert fit(demo, tmp_path / "refused", *ALWAYS, *stages) == 2  # lora is given: another shape
