@@ -354,7 +354,7 @@ def summarise(task: str, folds: Sequence[FoldResult]) -> dict[str, Any]:
     rows = sum(f.rows for f in folds)
     result: dict[str, Any] = {
         "rows": rows,
-        "rows left out: equal or empty responses, or contexts that differ": rows - len(pairs),
+        "rows left out: equal or empty responses": rows - len(pairs),
         "pairs left out: prompt too long for the model": int((~fits).sum()),
         "prompts": len({p.key for p in scored}),
         "accuracy": accuracy(model),
@@ -365,28 +365,22 @@ def summarise(task: str, folds: Sequence[FoldResult]) -> dict[str, Any]:
         "difference": compare(model, baseline[fits], [p.key for p in scored]),
     }
     if task == "cost":
-        result |= summarise_signs(scores, scored, model, baseline[fits])
+        result |= summarise_signs(scores, scored)
     return result
 
 
-def summarise_signs(
-    scores: NDArray[np.float64], pairs: Sequence[Pair], model: Bools, baseline: Bools
-) -> dict[str, Any]:
-    """Sign accuracy and calibration of the costs; accuracy where the labels agree."""
+def summarise_signs(scores: NDArray[np.float64], pairs: Sequence[Pair]) -> dict[str, Any]:
+    """Sign accuracy and calibration of the costs, one response at a time."""
     import torch
     from torchmetrics.functional.classification import binary_calibration_error
 
     harmful = np.array([[p.higher_harmful, p.lower_harmful] for p in pairs], dtype=bool)
     costs = torch.from_numpy(scores.ravel())
     ece = binary_calibration_error(costs.sigmoid(), torch.from_numpy(harmful.ravel()).long(), 15)
-    # "safer" names the response that is itself labelled unsafe: the two losses disagree.
-    agree = ~(harmful[:, 1] & ~harmful[:, 0])
     return {
         "sign accuracy": accuracy(((scores > 0) == harmful).ravel()),
         "calibration error": float(ece),
         "harmful share": float(harmful.mean()),
-        "accuracy, labels agree": accuracy(model[agree]),
-        "baseline accuracy, labels agree": accuracy(baseline[agree]),
     }
 
 
@@ -426,8 +420,6 @@ def table(results: Mapping[str, Any]) -> str:
         ("pairs scored", *(str(task["accuracy"]["pairs"]) for task in (reward, cost))),
         ("sign accuracy", "", percent(cost["sign accuracy"])),
         ("calibration error (15 bins)", "", f"{cost['calibration error']:.3f}"),
-        ("pair accuracy, labels agree", "", percent(cost["accuracy, labels agree"])),
-        ("TF-IDF, labels agree", "", percent(cost["baseline accuracy, labels agree"])),
     ]
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---|---|---|")
