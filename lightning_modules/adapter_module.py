@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.errors import InputError
-from hcrlhf.stages import BackboneSource
+from hcrlhf.stages import FILE as STAGE_FILE
+from hcrlhf.stages import BackboneSource, Role, read_stage
 from hcrlhf.text import TextEncoder
 
 Schedule = Literal["linear", "cosine", "constant"]
@@ -67,6 +68,26 @@ class AdapterModule(LightningModule):
                 f"precision {self.trainer.precision} would cast the adapters and heads; "
                 "use 32-true or bf16-mixed"
             )
+
+    def read_own_stage(self, command: str, role: Role) -> bool:
+        """Whether to start from this run folder's finished stage: for every command but fit.
+
+        Raises:
+            InputError: there is neither a finished stage nor a checkpoint, so that an untrained
+                model would be measured.
+        """
+        if command == "fit":
+            return False
+        if (self.run_folder / STAGE_FILE).is_file():
+            read_stage(str(self.run_folder), role, "trainer.default_root_dir")
+            return True
+        if self.trainer.ckpt_path is None:
+            raise InputError(
+                f"{self.run_folder} holds no finished {role} stage and no --ckpt_path is given, so "
+                f"there is nothing to {command}; name the folder of a finished stage in "
+                "trainer.default_root_dir"
+            )
+        return False
 
     def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
         """The frozen backbone of this run (trainable as a whole with `full`)."""

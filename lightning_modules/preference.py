@@ -100,6 +100,7 @@ class Preference(AdapterModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self.finished = self.read_own_stage(stage, self.role)
         sft = read_stage(self.sft, "sft", "sft")
         if sft.adapter and (self.quantization or self.dtype_name):
             raise InputError(
@@ -128,6 +129,11 @@ class Preference(AdapterModule):
         if hasattr(self, "backbone"):
             return
         self.backbone = self.build_backbone(self.source)
+        if self.finished:
+            folder = str(self.run_folder)
+            self.backbone.load_role(self.role, folder, trainable=True)
+            self.backbone.add_head(self.role, trainable=True, state=load_head(folder))
+            return
         adapter = self.sft if self.sft_stage.adapter else None
         add_trained_role(self.backbone, self.role, adapter, self.lora)
         self.backbone.add_head(self.role, trainable=True)

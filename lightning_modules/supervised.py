@@ -55,14 +55,22 @@ class Supervised(AdapterModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self.finished = self.read_own_stage(stage, "sft")
         self.fingerprint = fingerprint(self.source.model)
         self.encoder = TextEncoder(load_tokenizer(self.source.model), self.chat)
 
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
             return
-        self.backbone = self.build_backbone(self.source, full=self.lora is None)
-        if self.lora is not None:
+        folder = str(self.run_folder)
+        if self.lora is None:
+            source = BackboneSource(folder) if self.finished else self.source
+            self.backbone = self.build_backbone(source, full=True)
+            return
+        self.backbone = self.build_backbone(self.source)
+        if self.finished:
+            self.backbone.load_role("sft", folder, trainable=True)
+        else:
             self.backbone.add_role("sft", self.lora, trainable=True)
 
     def encode(self, example: Prompt) -> Encoded | None:

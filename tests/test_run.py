@@ -390,6 +390,22 @@ def test_validate_and_predict_run_on_a_finished_policy(demo: Path, tmp_path: Pat
     assert {"prompt", "response", "reward", "cost"} <= json.loads(records[0]).keys()
 
 
+def test_a_finished_stage_is_measured_as_it_was_saved(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("sft", "reward", "cost"):
+        metrics = read(demo / name / "hcrlhf.json")["metrics"]
+        figure, printed = ("loss", "val/loss") if name == "sft" else ("accuracy", "val/accuracy")
+        capsys.readouterr()
+        assert run_stage("validate", demo, name, demo / name) == PASSED
+        (line,) = [x for x in capsys.readouterr().out.splitlines() if f" {printed} " in x]
+        assert float(re.findall(r"[-\d.]+(?:e[-+]\d+)?", line)[-1]) == pytest.approx(
+            metrics[figure], rel=1e-5
+        )
+    assert run_stage("validate", demo, "cost", tmp_path / "nothing") == 2
+    assert "holds no finished cost stage" in capsys.readouterr().err
+
+
 def test_micro_batches_change_nothing_but_rounding(demo: Path, tmp_path: Path) -> None:
     # Not the safety costs: their seeds follow from the exact bytes of the policy.
     figures = []
@@ -469,6 +485,10 @@ def test_a_reward_and_a_cost_model_on_different_backbones_are_refused(
 
 def fit_stage(demo: Path, name: str, root: Path, *more: str) -> int:
     """One of the earlier stages again, by its demo config, in another folder."""
+    return run_stage("fit", demo, name, root, "--trainer.max_epochs", "1", *more)
+
+
+def run_stage(command: str, demo: Path, name: str, root: Path, *more: str) -> int:
     world = demo / "world"
     arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.default_root_dir", str(root)]
     if name == "sft":
@@ -477,4 +497,4 @@ def fit_stage(demo: Path, name: str, root: Path, *more: str) -> int:
     else:
         arguments += ["--data.init_args.path", str(world / "preferences.jsonl")]
         arguments += ["--model.init_args.sft", str(demo / "sft")]
-    return main(["fit", *arguments, "--trainer.max_epochs", "1", *more])
+    return main([command, *arguments, *more])
