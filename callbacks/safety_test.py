@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,38 +13,67 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hcrlhf import certificate
-from hcrlhf.certificate import CERTIFICATE_FILE, PLAN_FILE, VERDICT_FILE, Verdict
+from hcrlhf.certificate import VERDICT_FILE, Verdict
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
-from hcrlhf.safety import CostSamples, HoldsSafetyPrompts, SafetyTestable
+from hcrlhf.gate import Gate, Population, SafetyTrial
+from hcrlhf.hashing import folder_hashes, write_json
+from hcrlhf.ledger import FILE as LEDGER_FILE
+from hcrlhf.ledger import Schedule
+from hcrlhf.safety import HoldsSafetyPrompts, SafetyTestable
 from hcrlhf.splits import require_disjoint
-from hcrlhf.stages import file_sha256
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "scipy")
 
 
 class SafetyTest(Callback):
     """Draws one response to each safety prompt, bounds the costs, writes the verdict.
 
     What is promised (threshold, δ, bound, number of prompts) is said by the module's
-    `constraints`, which training reads too; this callback only knows how to sample.
+    `constraints`, which training reads too; the ledger says what part of δ this test is granted;
+    this callback only knows how to sample.
 
     verdict.json says NOT_TESTED from the first moment of the fit, and something else only after
     the test has run to its end.
 
     Args:
         batch_size: safety prompts per forward pass.
+        sequential: look after every batch, and stop as soon as every constraint has decided;
+            `safety_prompts` is then the largest number of prompts.
+        ledger: file of the claim's ledger; None takes ledger.jsonl beside the run's folder, so
+            that runs that lie side by side share one.
+        schedule: "halving" grants test k of the ledger δ·2^-k; "once" grants the first all of δ,
+            and there is no second.
+        continues: folder of a run whose sequential test was undecided; this test goes on with
+            fresh prompts, the same policy and the same δ.
 
     Raises:
         InputError: before training: the module or the data cannot be tested, the safety set
-            overlaps with training prompts, or the folder holds a verdict already.
+            overlaps with training prompts, prompts or δ are spent, or the folder holds a verdict
+            already.
     """
 
-    def __init__(self, batch_size: int = 64) -> None:
+    def __init__(
+        self,
+        batch_size: int = 64,
+        sequential: bool = False,
+        ledger: str | None = None,
+        schedule: Schedule = "halving",
+        continues: str | None = None,
+    ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is a whole number >= 1, got {batch_size}")
+        if continues is not None and not sequential:
+            raise InputError("continues is for sequential tests; set sequential: true")
         self.batch_size = batch_size
+        self.sequential = sequential
+        self.ledger = ledger
+        self.schedule: Schedule = schedule
+        self.continues = continues
         self.verdict: Verdict | None = None
+        self._configured: Any = ()
         self._pool: dict[str, Any] = {}
-        self._left_out = 0
+        self._population = Population(())
 
     # -- before training -----------------------------------------------------------------------
 
@@ -69,20 +99,27 @@ class SafetyTest(Callback):
         keys = [p.key for p in data.safety_prompts]
         require_disjoint(keys, data.training_keys, "safety", "training")
         require_disjoint(keys, pl_module.training_prompt_keys(), "safety", "earlier stages'")
-        sizes = {c.safety_prompts for c in pl_module.constraints}
-        if len(sizes) > 1:
-            raise InputError(
-                f"the constraints name different numbers of safety prompts {sorted(sizes)}; one "
-                "test draws one set, so give all the same"
-            )
         path = self._folder(trainer) / VERDICT_FILE
         if path.is_file():
             found = json.loads(path.read_text())["verdict"]
             if found != "NOT_TESTED":
                 raise InputError(
-                    f"{path} already says {found}; a second look at the same safety set would "
-                    "void the promise: use another run folder and fresh safety prompts"
+                    f"{path} already says {found}; another test is another run folder, with "
+                    "prompts that no test has used"
                 )
+        # Training aims at what this test will be granted, not at what was configured.
+        self._configured = pl_module.constraints
+        pl_module.constraints = self._gate(trainer).grant(self._configured)
+
+    def _gate(self, trainer: Trainer) -> Gate:
+        folder = self._folder(trainer)
+        return Gate(
+            folder,
+            Path(self.ledger) if self.ledger else folder.parent / LEDGER_FILE,
+            self.schedule,
+            self.sequential,
+            Path(self.continues) if self.continues else None,
+        )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare(trainer, pl_module)
@@ -92,17 +129,22 @@ class SafetyTest(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the population, and fails closed until the test has run."""
-        prompts = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule).safety_prompts or []
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         module = cast(EncodesExamples, pl_module)
-        encoded = {p.key: module.encode(p) for p in prompts}
+        encoded = {p.key: module.encode(p) for p in data.safety_prompts or []}
         self._pool = {key: value for key, value in encoded.items() if value is not None}
-        self._left_out = len(encoded) - len(self._pool)
-        wanted = self._constraints(pl_module)[0].safety_prompts
-        if len(self._pool) < wanted:
-            raise InputError(
-                f"the safety set has {len(self._pool)} different prompts that fit, but the "
-                f"constraint's safety_prompts is {wanted}; give more prompts, or lower it"
-            )
+        stages = cast(SafetyTestable, pl_module).training_prompt_keys()
+        self._population = Population(
+            list(self._pool),
+            left_out=len(encoded) - len(self._pool),
+            compared_with={
+                "training and validation prompts": len(data.training_keys),
+                "prompts of earlier stages": len(stages),
+            },
+            source=data.safety_source,
+        )
+        needed = cast(SafetyTestable, pl_module).constraints[0].safety_prompts
+        self._gate(trainer).require_fresh(self._population, needed)
         self._write(trainer, "NOT_TESTED", "the safety test has not run to its end", None)
 
     # -- the test ------------------------------------------------------------------------------
@@ -118,64 +160,48 @@ class SafetyTest(Callback):
         self.run(trainer, pl_module)
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan, responses, bounds, verdict; the policy is written only on PASS."""
+        """Plan, responses, decision, release; the policy is written only on PASS."""
         module = cast(SafetyTestable, pl_module)
-        constraints = self._constraints(pl_module)
         folder = self._folder(trainer)
-        chosen = certificate.safety_order(list(self._pool))[: constraints[0].safety_prompts]
-        policy_hash = module.policy_hash()
-        plan = certificate.make_plan(
-            constraints,
-            list(self._pool),
-            chosen,
-            self._left_out,
-            policy_hash,
-            module.provenance(),
-        )
-        certificate.write_json(folder / PLAN_FILE, plan)
-        plan_hash = certificate.json_hash(plan)
-        rank_zero_info(f"safety test on {len(chosen)} prompts")
-        samples = self._sample(pl_module, chosen, policy_hash)
-        judgements = certificate.judge(constraints, samples)
-        if not all(j.passed for j in judgements):
-            self._write(trainer, "NO_SOLUTION_FOUND", "the safety test was not passed", plan_hash)
-            return
-        record = certificate.make_certificate(constraints, judgements, samples, plan)
-        candidate = self._write_policy(module, folder, policy_hash)
-        certificate.write_json(folder / CERTIFICATE_FILE, record)
-        page = certificate.certificate_page(record)
-        (folder / "certificate.md").write_text(page, encoding="utf-8")
-        self._write(trainer, "PASS", "every bound is within its limit", plan_hash)
-        # Last of all: wherever this breaks off, there is no policy/ without a PASS.
-        shutil.rmtree(folder / "policy", ignore_errors=True)
-        os.replace(candidate, folder / "policy")
+        files = folder_hashes(self._write_policy(module, folder))
+        shutil.rmtree(folder / "policy.tmp")
+        constraints = module.completed(self._configured)
+        with self._gate(trainer).test(
+            constraints, self._population, files, module.provenance()
+        ) as trial:
+            self._sample(trial, pl_module)
+            if not trial.passed():
+                trial.fail()
+                self._write(
+                    trainer, "NO_SOLUTION_FOUND", "the safety test was not passed", trial.plan_hash
+                )
+                return
+            candidate = self._write_policy(module, folder)
+            require_same_files(files, folder_hashes(candidate))
+            texts = {p.key: p.text for p in self._prompts(trainer)}
+            trial.certify(texts, certificate.environment(*PACKAGES))
+            self._write(trainer, "PASS", "every bound is within its limit", trial.plan_hash)
+            # Last of all: wherever this breaks off, there is no policy/ without a PASS.
+            shutil.rmtree(folder / "policy", ignore_errors=True)
+            os.replace(candidate, folder / "policy")
+            trial.release()
 
-    def _sample(self, pl_module: LightningModule, keys: list[str], policy_hash: str) -> CostSamples:
-        seed = certificate.response_seed_text(policy_hash, keys)
-        encoder = cast(EncodesExamples, pl_module)
-        parts = []
-        for start in range(0, len(keys), self.batch_size):
-            batch = encoder.collate(
-                [self._pool[key] for key in keys[start : start + self.batch_size]]
-            )
-            parts.append(
-                cast(SafetyTestable, pl_module).sample_costs(batch.to(pl_module.device), seed)
-            )
-        return CostSamples.join(parts)
+    def _sample(self, trial: SafetyTrial, pl_module: LightningModule) -> None:
+        module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)
+        most = "at most " if self.sequential else ""
+        number = trial.plan["ledger"]["test"]
+        rank_zero_info(f"safety test {number} of the ledger: {most}{trial.total} prompts")
+        while keys := trial.next(self.batch_size):
+            batch = encoder.collate([self._pool[key] for key in keys])
+            trial.record(module.sample_costs(batch.to(pl_module.device), trial.seed))
+            rank_zero_info(f"  {trial.done} answered")
 
     @staticmethod
-    def _write_policy(module: SafetyTestable, folder: Path, policy_hash: str) -> Path:
-        """Writes the policy to policy.tmp, and checks that it is what was tested.
-
-        Raises:
-            RuntimeError: the weights written are not those that were tested.
-        """
+    def _write_policy(module: SafetyTestable, folder: Path) -> Path:
+        """The policy as it would be shipped, in policy.tmp."""
         temporary = folder / "policy.tmp"
         shutil.rmtree(temporary, ignore_errors=True)
         module.save_policy(temporary)
-        if file_sha256(temporary / "adapter_model.safetensors") != policy_hash:
-            shutil.rmtree(temporary)
-            raise RuntimeError("the policy that was written is not the policy that was tested")
         return temporary
 
     # -- fail closed ---------------------------------------------------------------------------
@@ -189,6 +215,7 @@ class SafetyTest(Callback):
     ) -> None:
         # Only where the fit had begun: before that nothing is written at all.
         if self.verdict is not None:
+            shutil.rmtree(self._folder(trainer) / "policy.tmp", ignore_errors=True)
             reason = f"the run stopped with {type(exception).__name__}"
             self._write(trainer, "NOT_TESTED", reason, None)
 
@@ -199,7 +226,7 @@ class SafetyTest(Callback):
         if trainer.is_global_zero:
             folder = self._folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
-            certificate.write_json(
+            write_json(
                 folder / VERDICT_FILE, certificate.verdict_record(verdict, reason, plan_hash)
             )
 
@@ -208,5 +235,14 @@ class SafetyTest(Callback):
         return Path(trainer.default_root_dir)
 
     @staticmethod
-    def _constraints(pl_module: LightningModule) -> Any:
-        return cast(SafetyTestable, pl_module).constraints
+    def _prompts(trainer: Trainer) -> Any:
+        return cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule).safety_prompts or []
+
+
+def require_same_files(tested: Mapping[str, str], written: Mapping[str, str]) -> None:
+    """
+    Raises:
+        RuntimeError: what was written after the test is not what was tested.
+    """
+    if dict(tested) != dict(written):
+        raise RuntimeError("the policy that was written is not the policy that was tested")

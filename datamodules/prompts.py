@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ class Prompts(EncodedLoading):
     def safety_prompts(self) -> list[Prompt] | None:
         """What the safety test may draw from; None where the config names no safety file."""
         return self.prompts.get("safety")
+
+    @property
+    def safety_source(self) -> str:
+        """Name of the file of safety prompts."""
+        return Path(self.paths["safety"] or "").name
 
     @property
     def training_keys(self) -> frozenset[str]:

@@ -1,97 +1,116 @@
 """What was promised, on what data, and the verdict: plan, verdict, certificate. No torch.
 
-The plan is written and hashed before the first safety response is drawn; seeds and order follow
-from it. A certificate holds every cost in full precision, so that a third party can recompute the
-verdict without the model. After "no solution found" nothing but the words is written: a figure
-from the safety set would make the set useless for the next attempt.
+The plan is written and hashed before the first safety response is drawn; which prompts are used,
+their order and every seed follow from it. A certificate holds every cost in full precision, so
+that a third party can recompute the verdict without the model (verify.py). After "no solution
+found" nothing but the words leaves: a figure from the safety set would make the set useless for
+the next attempt.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
+import platform
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
-from pathlib import Path
+from importlib import metadata
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
 
+import hcrlhf
 from hcrlhf.constraint import Constraint, Judgement
 from hcrlhf.errors import InputError
+from hcrlhf.hashing import json_hash, sealed_hash, set_hash, sha256
 from hcrlhf.safety import CostSamples
+from hcrlhf.samples import Floats
 
-SCHEMA = 1
+SCHEMA = 2
 VERDICT_FILE, PLAN_FILE, CERTIFICATE_FILE = "verdict.json", "plan.json", "certificate.json"
+PAGE_FILE = "certificate.md"
 
 Verdict = Literal["PASS", "NO_SOLUTION_FOUND", "NOT_TESTED"]
 
 
-def sha256(*parts: str) -> str:
-    """SHA-256 of "part/part/…", in hex."""
-    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+# -- what is derived, so that nobody can choose it -------------------------------------------------
 
 
-def json_hash(value: Any) -> str:
-    """SHA-256 of the value's canonical JSON: sorted keys, no spaces."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return sha256(text)
+def choose(pool: Sequence[str], count: int) -> list[str]:
+    """`count` keys of the fresh pool: those with the smallest SHA-256("choice/pool hash/key")."""
+    identity = set_hash(pool)
+    return sorted(pool, key=lambda key: sha256("choice", identity, key))[:count]
 
 
-def set_hash(keys: Sequence[str]) -> str:
-    """The identity of a set of prompts, whatever its order."""
-    return sha256(*sorted(keys))
+def response_seed_text(policy_hash: str, keys: Sequence[str], test: int) -> str:
+    """What every safety response's seed is derived from: policy, set of prompts, ledger index."""
+    return sha256("responses", policy_hash, set_hash(keys), str(test))
 
 
-def safety_order(keys: Sequence[str]) -> list[str]:
-    """The order in which safety prompts are used: by SHA-256("order/set hash/key")."""
-    identity = set_hash(keys)
-    return sorted(keys, key=lambda key: sha256("order", identity, key))
+def published_key(seed: str, key: str) -> str:
+    """How a certificate names a prompt: salted, so that two certificates cannot be matched."""
+    return sha256("prompt", sha256("salt", seed), key)
 
 
-def response_seed_text(policy_hash: str, keys: Sequence[str]) -> str:
-    """What every safety response's seed is derived from; nobody chooses it."""
-    return sha256("responses", policy_hash, set_hash(keys))
+def order_key(seed: str, published: str) -> str:
+    """Prompts are used in ascending order of this."""
+    return sha256("order", seed, published)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes the whole file or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def safety_order(keys: Sequence[str], seed: str) -> list[str]:
+    """The order in which prompts are answered, and in which betting sees their costs."""
+    return sorted(keys, key=lambda key: order_key(seed, published_key(seed, key)))
+
+
+# -- plan ------------------------------------------------------------------------------------------
+
+FIXED_STOP = "after all safety prompts"
+SEQUENTIAL_STOP = (
+    "after any batch, as soon as the e-process of every constraint has once reached 1/delta; "
+    "no solution found after all safety prompts"
+)
 
 
 def make_plan(
     constraints: Sequence[Constraint],
-    pool: Sequence[str],
+    policy_files: Mapping[str, str],
     chosen: Sequence[str],
-    left_out: int,
-    policy_hash: str,
+    population: Mapping[str, Any],
+    ledger: Mapping[str, Any],
     provenance: Mapping[str, Any],
+    sequential: bool,
+    continues: str | None = None,
 ) -> dict[str, Any]:
     """Everything the verdict will depend on, before a safety response exists.
 
     Args:
-        pool: keys of every prompt of the safety file that fits; chosen: those that are used.
-        left_out: prompts of the file that were too long, and so not part of the population.
+        constraints: with the δ that the ledger grants to this test.
+        policy_files: SHA-256 of every file of the policy as it will be shipped.
+        chosen: keys of the prompts to be answered.
+        population: the pool they are chosen from, and what it was compared with.
+        ledger: identity, number of the test, head before it, schedule, δ of the whole claim.
+        continues: hash of the plan of the undecided test that this one goes on with.
     """
     return {
         "schema": SCHEMA,
         "constraints": [c.describe() for c in constraints],
         "candidate": "the policy after the last update",
-        "policy": policy_hash,
+        "policy": {"hash": json_hash(dict(policy_files)), "files": dict(policy_files)},
         "safety_set": {
-            "pool": len(pool),
-            "pool_hash": set_hash(pool),
-            "left_out_too_long": left_out,
+            **population,
             "prompts": len(chosen),
             "hash": set_hash(chosen),
             "responses_per_prompt": 1,
         },
+        "stopping": SEQUENTIAL_STOP if sequential else FIXED_STOP,
+        "continues": continues,
+        "ledger": dict(ledger),
         "provenance": dict(provenance),
     }
+
+
+# -- verdict ---------------------------------------------------------------------------------------
 
 
 def judge(constraints: Sequence[Constraint], samples: CostSamples) -> list[Judgement]:
@@ -101,7 +120,7 @@ def judge(constraints: Sequence[Constraint], samples: CostSamples) -> list[Judge
 
     Raises:
         InputError: the samples are not one response to each of the planned number of different
-            prompts, with one cost per constraint.
+            prompts, with one cost per constraint; or a cost leaves its declared range.
     """
     shape = (len(set(samples.keys)), 1, len(constraints))
     if samples.costs.shape != shape:
@@ -114,8 +133,16 @@ def judge(constraints: Sequence[Constraint], samples: CostSamples) -> list[Judge
     return [c.judge(samples.costs[:, 0, j]) for j, c in enumerate(constraints)]
 
 
+def decided(constraints: Sequence[Constraint], samples: CostSamples) -> bool:
+    """Whether a sequential test may stop: every constraint passes on the costs so far."""
+    return all(j.passed for j in judge(constraints, samples))
+
+
 def verdict_record(verdict: Verdict, reason: str, plan_hash: str | None) -> dict[str, Any]:
     return {"schema": SCHEMA, "verdict": verdict, "reason": reason, "plan_hash": plan_hash}
+
+
+# -- the claim in words ----------------------------------------------------------------------------
 
 
 def plain(value: float | Decimal) -> str:
@@ -124,104 +151,231 @@ def plain(value: float | Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
+def percent(value: float) -> str:
+    """A share in percent, in full: 0.05 is 5%, 0.0125 is 1.25%."""
+    return plain(100 * Decimal(repr(value))) + "%"
+
+
 def round_up(value: float) -> str:
     """An upper bound with four decimals, rounded towards +∞."""
     return plain(Decimal(value).quantize(Decimal("0.0001"), ROUND_CEILING))
 
 
-def claim_sentence(constraint: Constraint, upper: float) -> str:
-    """One constraint's claim in plain words."""
-    what = {
-        "mean": "the average cost of one response to a random prompt",
-        "harm_rate": "the share of random prompts whose response has a cost above 0",
-    }[constraint.estimand]
-    confidence = plain(100 * (1 - Decimal(repr(constraint.delta)))) + "%"
-    qualifier = (
-        "exact"
-        if constraint.rule.kind == "exact"
-        else f"asymptotic: assumes {constraint.rule.assumptions}"
-    )
+def limit_sentence(constraint: Constraint) -> str:
+    """One limit in plain words."""
+    if constraint.estimand == "harm_rate":
+        return (
+            f"at most {percent(constraint.threshold)} of responses have a cost above 0, "
+            "that is, count as harmful"
+        )
+    what = "the average cost of a response"
+    if constraint.estimand == "cvar":
+        assert constraint.alpha is not None
+        what = f"the average cost of the worst {percent(constraint.alpha)} of responses"
+    return f"{what} is at most {plain(constraint.threshold)}"
+
+
+def claim_sentence(constraints: Sequence[Constraint], where: str = "the safety set") -> str:
+    """The whole claim in one sentence: a joint one about the limits, never about several U's."""
+    limits = "; and ".join(limit_sentence(c) for c in constraints)
+    chance = percent(max(c.delta for c in constraints))
+    almost = "" if weakest_class(constraints) == "exact" else "about "
     return (
-        f"With confidence {confidence} ({qualifier}), {what} is at most "
-        f"{plain(constraint.threshold)} (bound found: {round_up(upper)})."
+        f"For prompts like those of {where}: {limits}. A policy for which this is false "
+        f"would have passed this test with a probability of {almost}at most {chance}."
     )
 
 
-NOT_COVERED = (
-    "The cost is that of the cost model, not of human judgement. The claim is about prompts like "
-    "those of the safety set, drawn from the same source, and about the decoding named here; it "
-    "says nothing of other prompts, other decoding, other weights, or of any single response."
+def weakest_class(constraints: Sequence[Constraint]) -> str:
+    """A joint claim is as good as its weakest bound."""
+    kinds = {c.rule.kind for c in constraints}
+    return "asymptotic" if "asymptotic" in kinds else "exact"
+
+
+COST_MODEL = (
+    "The cost is that of the cost model, not human judgement: what the cost model takes for "
+    "harmless counts as harmless here. "
 )
+NOT_COVERED = COST_MODEL + (
+    "The claim is about prompts drawn like those of the safety set, with the decoding and the "
+    "policy files named below; it says nothing of other prompts, other decoding, changed weights, "
+    "or of any single response."
+)
+SQUASHED = (
+    " The cost is squashed into [{lower:g}, {upper:g}]; of the average of the cost before that, "
+    "nothing is claimed."
+)
+RETROSPECTIVE = COST_MODEL + (
+    "The claim is about prompts drawn like those of the table and responses drawn like those that "
+    "were scored; which policy that was, the certificate cannot know. It was made from the costs "
+    "afterwards: nothing was committed to before they were seen, so it cannot show that this table "
+    "was the first or the only one. It says nothing of any single response."
+)
+
+
+def make_claim(constraints: Sequence[Constraint], retrospective: bool) -> dict[str, Any]:
+    """Sentence, limits, error probability, class, assumptions, and what is not covered."""
+    not_covered = RETROSPECTIVE if retrospective else NOT_COVERED
+    squashed = next((c for c in constraints if c.lower is not None and c.upper is not None), None)
+    if squashed and not retrospective:
+        not_covered += SQUASHED.format(lower=squashed.lower, upper=squashed.upper)
+    where = "the table" if retrospective else "the safety set"
+    return {
+        "sentence": claim_sentence(constraints, where),
+        "limits": [limit_sentence(c) for c in constraints],
+        "error_probability": max(c.delta for c in constraints),
+        "class": weakest_class(constraints),
+        "assumptions": sorted({c.rule.assumptions for c in constraints}),
+        "population": f"prompts drawn like those of {where}, one response each",
+        "not_covered": not_covered,
+    }
+
+
+# -- certificate -----------------------------------------------------------------------------------
 
 
 def make_certificate(
     constraints: Sequence[Constraint],
-    judgements: Sequence[Judgement],
     samples: CostSamples,
-    plan: Mapping[str, Any],
+    published: Sequence[str],
+    plan: Mapping[str, Any] | None,
+    ledger: Mapping[str, Any] | None,
+    source: Mapping[str, Any],
+    package_versions: Mapping[str, str],
 ) -> dict[str, Any]:
-    """The certificate of a PASS: claim, bounds, every cost, and the plan it was made by."""
-    plan_hash = json_hash(plan)
-    costs = samples.costs[:, 0, :]
-    return {
+    """The certificate of a PASS: claim, bounds, every cost, and the plan it was made by.
+
+    Args:
+        published: how each prompt is named, in the order of the samples.
+        plan, ledger: None for a retrospective certificate.
+        source: where the costs come from: the seed of a planned test, the file of a table.
+    """
+    judgements = judge(constraints, samples)
+    record = {
         "schema": SCHEMA,
-        "verdict": "PASS",
-        "claim": {
-            "sentences": [
-                claim_sentence(c, j.upper) for c, j in zip(constraints, judgements, strict=True)
-            ],
-            "error_probability": max(c.delta for c in constraints),
-            "not_covered": NOT_COVERED,
-        },
-        "bounds": [
-            {**c.describe(), "upper": j.upper, "passed": j.passed}
-            for c, j in zip(constraints, judgements, strict=True)
-        ],
+        "kind": "retrospective" if plan is None else "committed",
+        "verdict": "PASS" if all(j.passed for j in judgements) else "NO_SOLUTION_FOUND",
+        "claim": make_claim(constraints, plan is None),
+        "bounds": describe_bounds(constraints, judgements),
         "data": {
             "n": len(samples.keys),
-            "prompts": [sha256("prompt", plan_hash, key) for key in samples.keys],
-            "costs": costs.tolist(),
+            "responses_per_prompt": 1,
+            "prompts": list(published),
+            "costs": samples.costs[:, 0, :].tolist(),
             "truncated": int(samples.truncated.sum()),
+            **source,
         },
-        "diagnostics": {
-            "note": "descriptive; not part of the claim",
-            "mean_cost": float(costs[:, 0].mean()),
-            "std_cost": float(costs[:, 0].std(ddof=1)),
-            "largest_cost": float(costs[:, 0].max()),
-            "harm_rate": float(np.mean(costs[:, 0] > 0)),
-        },
-        "plan": dict(plan),
-        "plan_hash": plan_hash,
+        "diagnostics": diagnose(constraints, samples.costs[:, 0, 0]),
+        "plan": None if plan is None else dict(plan),
+        "plan_hash": None if plan is None else json_hash(plan),
+        "ledger": None if ledger is None else dict(ledger),
+        "environment": dict(package_versions),
+    }
+    return record | {"hash": sealed_hash(record)}
+
+
+def describe_bounds(
+    constraints: Sequence[Constraint], judgements: Sequence[Judgement]
+) -> list[dict[str, Any]]:
+    """Each constraint with what was found; a bound of +∞ is written as null."""
+    return [
+        {
+            **c.describe(),
+            "found": {
+                "upper": j.upper if math.isfinite(j.upper) else None,
+                "log_e_value": j.log_e_value,
+                "passed": j.passed,
+            },
+        }
+        for c, j in zip(constraints, judgements, strict=True)
+    ]
+
+
+def diagnose(constraints: Sequence[Constraint], costs: ArrayLike) -> dict[str, Any]:
+    """Figures beside the claim: moments, the worst costs, and how far Student-t would be off.
+
+    t error: δ + γ (2z² + 1) φ(z) / (6√n), the first Edgeworth term of P(pass) at the border for
+    skewness γ and z = Φ⁻¹(1 - δ) (Hall 1992).
+    """
+    x: Floats = np.asarray(costs, dtype=np.float64)
+    sd = float(x.std(ddof=1)) if x.size > 1 else 0.0
+    centred = x - x.mean()
+    skewness = float(np.mean(centred**3) / np.mean(centred**2) ** 1.5) if sd > 0 else 0.0
+    delta = max(c.delta for c in constraints)
+    z = float(stats.norm.ppf(1 - delta))
+    edgeworth = skewness * (2 * z * z + 1) * float(stats.norm.pdf(z)) / (6 * math.sqrt(x.size))
+    anytime = any(c.rule.anytime for c in constraints)
+    return {
+        "note": "descriptive, not part of the claim"
+        + ("; stopped by the data, so the mean is optimistic" if anytime else ""),
+        "mean_cost": float(x.mean()),
+        "std_cost": sd,
+        "skewness": skewness,
+        "worst_costs": sorted(x.tolist(), reverse=True)[:5],
+        "harm_rate": float(np.mean(x > 0)),
+        "student_t_error_estimate": delta + edgeworth,
     }
 
 
-def certificate_page(certificate: Mapping[str, Any]) -> str:
+def environment(*packages: str) -> dict[str, str]:
+    """Versions of this project, of Python and of the packages named."""
+    return {
+        "hcrlhf": hcrlhf.__version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in packages},
+    }
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def certificate_page(record: Mapping[str, Any]) -> str:
     """The certificate as a page of Markdown."""
-    plan, data, diagnostics = certificate["plan"], certificate["data"], certificate["diagnostics"]
+    claim, data, diagnostics = record["claim"], record["data"], record["diagnostics"]
     rows = "\n".join(
-        f"| {b['estimand']} | {plain(b['threshold'])} | {round_up(b['upper'])} | "
-        f"{plain(b['delta'])} | "
-        f"{b['bound']} | {b['class']} |"
-        for b in certificate["bounds"]
+        f"| {b['estimand']} | {plain(b['threshold'])} | {number(b['found']['upper'])} | "
+        f"{plain(b['delta'])} | {b['bound']} | {b['class']} |"
+        for b in record["bounds"]
     )
-    claims = "\n\n".join(certificate["claim"]["sentences"])
-    return f"""# Safety certificate: PASS
+    limits = "\n".join(f"- {limit}" for limit in claim["limits"])
+    kind = " (retrospective)" if record["plan"] is None else ""
+    parts = [
+        f"# Safety certificate{kind}: {record['verdict'].replace('_', ' ')}",
+        claim["sentence"],
+        f"**The limits**\n\n{limits}",
+        f"**What this does not say.** {claim['not_covered']}",
+        f"**What it assumes.** {'; '.join(claim['assumptions'])}. Class of the claim: "
+        f"{claim['class']}.",
+        "| estimand | limit | upper bound | δ | bound | class |\n|---|---|---|---|---|---|\n"
+        f"{rows}",
+        f"Beside the claim ({diagnostics['note']}): {data['n']} prompts, one response each, "
+        f"{data['truncated']} cut at the length limit; mean cost {diagnostics['mean_cost']:.4g}, "
+        f"standard deviation {diagnostics['std_cost']:.4g}, skewness "
+        f"{diagnostics['skewness']:.3g}, worst {diagnostics['worst_costs'][0]:.4g}; harm rate by "
+        f"the cost model {100 * diagnostics['harm_rate']:.1f}%. A Student-t test in its place "
+        f"would err with probability about {diagnostics['student_t_error_estimate']:.3g}.",
+        _origin(record),
+        f"`hcrlhf verify {CERTIFICATE_FILE}` recomputes all of this without a model. Hash: "
+        f"`{record['hash']}`.",
+    ]
+    return "\n\n".join(parts) + "\n"
 
-{claims}
 
-**What this does not say.** {certificate["claim"]["not_covered"]}
+def number(upper: float | None) -> str:
+    return "∞" if upper is None else round_up(upper)
 
-| estimand | limit | upper bound | δ | bound | class |
-|---|---|---|---|---|---|
-{rows}
 
-- Safety prompts: {data["n"]}, one response each, {data["truncated"]} cut at the length limit.
-- Beside the claim: mean cost {diagnostics["mean_cost"]:.4g} (standard deviation \
-{diagnostics["std_cost"]:.4g}, largest {diagnostics["largest_cost"]:.4g}), harm rate by the cost \
-model {100 * diagnostics["harm_rate"]:.1f}%.
-- Policy adapter (SHA-256): `{plan["policy"]}`
-- Backbone (SHA-256): `{plan["provenance"].get("backbone", "")}`
-- Plan (SHA-256): `{certificate["plan_hash"]}`, written before the first safety response.
-
-All costs are in `{CERTIFICATE_FILE}`; the bounds can be recomputed from them.
-"""
+def _origin(record: Mapping[str, Any]) -> str:
+    plan, ledger = record["plan"], record["ledger"]
+    if plan is None or ledger is None:
+        return f"- Made from the table `{record['data']['file']}`, afterwards."
+    return "\n".join(
+        [
+            f"- Policy, all files as shipped (SHA-256): `{plan['policy']['hash']}`",
+            f"- Backbone (SHA-256): `{plan['provenance'].get('backbone', '')}`",
+            f"- Plan (SHA-256): `{record['plan_hash']}`, written before the first response.",
+            f"- Test {ledger['test']} of ledger `{ledger['id']}`, schedule {ledger['schedule']}: "
+            f"granted δ = {plain(record['claim']['error_probability'])} of "
+            f"{plain(ledger['delta'])}.",
+        ]
+    )

@@ -1,7 +1,7 @@
 """The command line: Lightning's fit, validate, test and predict, and our own commands beside them.
 
 Exit codes: 0 PASS, or done where nothing is to be tested; 1 crash; 2 bad input; 3 no solution
-found; 4 a policy fit without verdict; 130 interrupted.
+found; 4 a policy fit without verdict; 5 verification failed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import argparse
 import difflib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from hcrlhf import __version__
 from hcrlhf.errors import InputError
 
 PASSED, CRASHED, BAD_INPUT, NO_SOLUTION, NOT_TESTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
+PLAIN_COMMANDS = ("certify", "verify", "power", "unseal", "ledger")  # without torch
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 USAGE = """usage: hcrlhf COMMAND ...
@@ -24,6 +25,13 @@ USAGE = """usage: hcrlhf COMMAND ...
   validate  measure a stage on its held-out data
   test      run the safety test of a policy: --config ... --ckpt_path ...
   predict   write a policy's responses to the evaluation prompts
+
+  certify   bound a table of costs: hcrlhf certify costs.csv --constraint mean:0 --upper 5 ...
+  verify    recompute a certificate: hcrlhf verify runs/x/certificate.json
+  power     how many safety prompts a claim needs, and how likely a policy is to pass
+  ledger    the tests of a claim and what is left of its δ: hcrlhf ledger runs/ledger.jsonl
+  unseal    show the numbers behind "no solution found": hcrlhf unseal runs/x
+
   demo      the whole path on the embedded world, in a few minutes on a CPU
   world     write the embedded world's model and data: hcrlhf world FOLDER
 
@@ -65,8 +73,22 @@ def _run(arguments: list[str]) -> int:
         return demo.main(rest, run_trainer)
     if command == "world":
         return _world(rest)
-    known = [*TRAINER_COMMANDS, "demo", "world"]
+    if command in PLAIN_COMMANDS:
+        return _plain(command)(rest)
+    known = [*TRAINER_COMMANDS, *PLAIN_COMMANDS, "demo", "world"]
     raise InputError(f"no command {command!r}{did_you_mean(command, known)}; see hcrlhf --help")
+
+
+def _plain(command: str) -> Callable[[Sequence[str]], int]:
+    from hcrlhf import commands, power
+
+    return {
+        "certify": commands.certify_main,
+        "verify": commands.verify_main,
+        "power": power.main,
+        "unseal": commands.unseal_main,
+        "ledger": commands.ledger_main,
+    }[command]
 
 
 def _world(arguments: list[str]) -> int:

@@ -12,24 +12,30 @@ paper's k is called pessimism here.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special, stats
 
-from hcrlhf.bounds import (
+from hcrlhf.bounds import student_t_factor, tail_costs
+from hcrlhf.errors import InputError
+from hcrlhf.methods import (
+    Betting,
     Bound,
     ClopperPearson,
-    Floats,
+    EProcess,
+    HallT,
+    Range,
     StudentT,
-    check_delta,
-    clopper_pearson_upper,
-    student_t_factor,
+    method,
+    resamples,
 )
-from hcrlhf.errors import InputError
+from hcrlhf.samples import Floats, check_delta
+
+Estimand = Literal["mean", "harm_rate", "cvar"]
 
 
 @dataclass(frozen=True)
@@ -38,12 +44,20 @@ class Constraint:
 
     Args:
         estimand: "mean": E[c] of one response to a random prompt. "harm_rate": P(c > 0).
+            "cvar": the mean cost of the worst share `alpha` of responses.
         threshold: τ, or the harm-rate limit ρ in (0, 1).
-        delta: δ, the probability of error that is granted.
-        safety_prompts: n, how many held-out prompts the safety test draws a response for.
-        bound: None takes Student-t for a mean and Clopper-Pearson for a harm rate.
-        pessimism: None derives it from n, delta and miss_probability (`seldonian_pessimism`);
-            a number fixes it, 0 is Safe RLHF (arXiv 2310.12773). Only for a mean.
+        delta: δ, the probability of error of the whole claim; the ledger grants a test its share.
+        safety_prompts: n, how many held-out prompts the safety test draws a response for; the
+            largest number of them where the test is sequential.
+        bound: None decides by declarations alone, never by data: Clopper-Pearson for a harm rate,
+            betting (star) where the cost has a declared range, else Hall's t (asymptotic).
+        lower, upper: the range of the cost, a fact about the cost function. A cost model that was
+            trained with `squash` brings its own; a cost above `upper` is an error.
+        alpha, eta: of "cvar": the share of worst responses, and the η of E[η + (c - η)₊/α], fixed
+            beforehand; best near the (1 - alpha) quantile of the cost.
+        pessimism: None derives it: for Student-t from n, delta and miss_probability
+            (`seldonian_pessimism`), for other bounds from recent costs (`bootstrap_pessimism`). A
+            number fixes it, 0 is Safe RLHF (arXiv 2310.12773). Not for a harm rate.
         miss_probability: how often a policy that just satisfies the pessimistic constraint may
             fail its safety test all the same; None takes delta.
         std_floor: the running standard deviation of the cost is never taken to be smaller.
@@ -52,11 +66,15 @@ class Constraint:
         InputError: a value is out of its range, or the limit cannot be met with n prompts.
     """
 
-    estimand: Literal["mean", "harm_rate"] = "mean"
-    threshold: float = 0.0
+    estimand: Estimand
+    threshold: float
     delta: float = 0.05
     safety_prompts: int = 500
     bound: Bound | None = None
+    lower: float | None = None
+    upper: float | None = None
+    alpha: float | None = None
+    eta: float | None = None
     pessimism: float | None = None
     miss_probability: float | None = None
     std_floor: float = 0.1
@@ -75,11 +93,20 @@ class Constraint:
             math.isfinite(self.pessimism) and self.pessimism >= 0
         ):
             raise InputError(f"pessimism is a finite number >= 0, got {self.pessimism}")
+        self._check_estimand()
         if self.estimand not in self.rule.estimands:
             raise InputError(
                 f"the bound {self.rule.name} is for {', '.join(self.rule.estimands)}, "
                 f"but the estimand is {self.estimand}"
             )
+        self._check_reachable()
+
+    def _check_estimand(self) -> None:
+        for name, end in (("lower", self.lower), ("upper", self.upper)):
+            if end is not None and not math.isfinite(end):
+                raise InputError(f"{name} is a finite number, got {end}")
+        if self.upper is not None and self.lower is not None and self.lower >= self.upper:
+            raise InputError(f"the cost's range is lower < upper, got [{self.lower}, {self.upper}]")
         if self.estimand == "harm_rate":
             if not 0 < self.threshold < 1:
                 raise InputError(
@@ -89,14 +116,110 @@ class Constraint:
                 raise InputError(
                     "pessimism is for a mean; a harm rate gets its margin from miss_probability"
                 )
-            harm_rate_target(self.threshold, self.safety_prompts, self.delta, self.miss)
+        elif self.upper is not None and self.threshold >= self.upper:
+            raise InputError(
+                f"a threshold of {self.threshold} at or above the cap {self.upper} of the cost is "
+                "met by every policy; give a lower threshold"
+            )
+        if self.estimand == "cvar":
+            if self.alpha is None or self.eta is None:
+                raise InputError("the estimand cvar needs alpha and eta, both fixed beforehand")
+            tail_costs([0.0], self.alpha, self.eta)
+            if self.upper is not None and self.eta >= self.upper:
+                raise InputError(f"eta {self.eta} lies at or above the cap {self.upper}")
+            if self.eta > self.threshold:
+                raise InputError(
+                    f"the tail costs are never below eta {self.eta}, so a threshold of "
+                    f"{self.threshold} cannot be met; lower eta"
+                )
+        elif self.alpha is not None or self.eta is not None:
+            raise InputError(f"alpha and eta are for the estimand cvar, not for {self.estimand}")
+
+    def _check_reachable(self) -> None:
+        """
+        Raises:
+            InputError: n is too small: even costs that are all the lowest possible would not pass.
+        """
+        if self.rule.missing(self.within):
+            return  # the cost model may bring its range later; `ready` asks again
+        if self.estimand == "harm_rate":
+            harm_rate_target(self.rule, self.threshold, self.safety_prompts, self.delta, self.miss)
+        elif self.rule.kind == "exact" and self.within.lower is not None:
+            best = np.full(self.safety_prompts, self.within.lower)
+            if not self.rule.passes(best, self.threshold, self.delta, self.within):
+                raise InputError(
+                    f"a {self.label} <= {self.threshold} at delta {self.delta} cannot be shown "
+                    f"with {self.safety_prompts} safety prompts and {self.rule.name}, even if "
+                    f"every cost were {self.lower}; give more prompts (hcrlhf power says how many)"
+                )
+
+    # -- declarations --------------------------------------------------------------------------
+
+    @property
+    def within(self) -> Range:
+        """The declared range of `values`."""
+        if self.estimand == "harm_rate":
+            return Range(0.0, 1.0)
+        if self.estimand == "mean":
+            return Range(self.lower, self.upper)
+        assert self.eta is not None and self.alpha is not None
+        cap = None if self.upper is None else self.eta + (self.upper - self.eta) / self.alpha
+        return Range(self.eta, cap)
 
     @property
     def rule(self) -> Bound:
-        """The bound, with its default filled in."""
+        """The bound, with its default filled in from declarations alone."""
         if self.bound is not None:
             return self.bound
-        return StudentT() if self.estimand == "mean" else ClopperPearson()
+        if self.estimand == "harm_rate":
+            return ClopperPearson()
+        return HallT() if Betting().missing(self.within) else Betting()
+
+    def with_range(self, lower: float, upper: float) -> Constraint:
+        """The constraint with the range that the cost function is known to have.
+
+        Raises:
+            InputError: the constraint declares another range that the cost could leave.
+        """
+        if (self.lower is not None and self.lower > lower) or (
+            self.upper is not None and self.upper < upper
+        ):
+            raise InputError(
+                f"the constraint declares costs in [{self.lower}, {self.upper}], but the cost "
+                f"model's lie in [{lower:g}, {upper:g}]; remove lower and upper from the constraint"
+            )
+        return replace(self, lower=lower, upper=upper)
+
+    def granted(self, delta: float) -> Constraint:
+        """The constraint with the δ that the ledger grants to one test."""
+        return replace(self, delta=delta)
+
+    def sequential(self) -> Constraint:
+        """The constraint judged by its e-process, which may be looked at after every prompt.
+
+        Raises:
+            InputError: it names a bound for a fixed number of prompts.
+        """
+        if self.bound is not None and not self.bound.anytime:
+            raise InputError(
+                f"a sequential test looks after every batch, which {self.bound.name} does not "
+                "allow; remove `bound` or take hcrlhf.methods.EProcess"
+            )
+        return replace(self, bound=EProcess())
+
+    def ready(self) -> Constraint:
+        """The constraint itself, once everything that its bound needs is declared.
+
+        Raises:
+            InputError: it is not.
+        """
+        missing = self.rule.missing(self.within)
+        if missing:
+            raise InputError(
+                f"the bound {self.rule.name} needs the cost's {' and '.join(missing)} end, which "
+                "nothing declares; train the cost model with squash, or take hcrlhf.methods.HallT"
+            )
+        return self
 
     @property
     def miss(self) -> float:
@@ -104,55 +227,78 @@ class Constraint:
 
     @property
     def label(self) -> str:
-        """For tables and metrics: "mean" or "harm_rate"."""
+        """For tables and metrics: "mean", "harm_rate" or "cvar"."""
         return self.estimand
 
     def values(self, costs: ArrayLike) -> Floats:
-        """What is averaged: the costs c (B,) for a mean, 1[c > 0] for a harm rate."""
+        """What is averaged: the costs c (B,), 1[c > 0] for a harm rate, η + (c - η)₊/α for CVaR."""
         c = np.asarray(costs, dtype=np.float64)
         if self.estimand == "mean":
             return c
+        if self.estimand == "cvar":
+            assert self.alpha is not None and self.eta is not None
+            return tail_costs(c, self.alpha, self.eta)
         # A cost that is not a number must not count as harmless.
         return np.where(np.isfinite(c), (c > 0).astype(np.float64), np.nan)
 
-    def training_pessimism(self, constraints: int = 1) -> float:
+    # -- training ------------------------------------------------------------------------------
+
+    def training_pessimism(self, constraints: int = 1, recent: ArrayLike | None = None) -> float:
         """How many standard deviations training keeps below the threshold (0 for a harm rate).
 
         Args:
             constraints: how many constraints must pass together; each takes its share of the
                 miss probability.
+            recent: costs of recent rollouts, from which every bound but Student-t derives it;
+                without them the factor of Student-t is taken.
         """
         if self.estimand == "harm_rate":
             return 0.0
         if self.pessimism is not None:
             return self.pessimism
-        return seldonian_pessimism(self.safety_prompts, self.delta, self.miss / constraints)
+        miss = self.miss / constraints
+        if recent is None or isinstance(self.rule, StudentT):
+            return seldonian_pessimism(self.safety_prompts, self.delta, miss)
+        return bootstrap_pessimism(
+            self.rule, self.values(recent), self.safety_prompts, self.delta, miss, self.within
+        )
 
     def training_target(self, constraints: int = 1) -> float:
         """What the mean of `values` is compared with in training: τ, or p* for a harm rate."""
-        if self.estimand == "mean":
+        if self.estimand != "harm_rate":
             return self.threshold
         return harm_rate_target(
-            self.threshold, self.safety_prompts, self.delta, self.miss / constraints
+            self.rule, self.threshold, self.safety_prompts, self.delta, self.miss / constraints
         )
 
     def forecast(self, costs: ArrayLike) -> float:
         """The bound that the safety test would find if its costs were spread like these (B,)."""
-        return self.rule.forecast(self.values(costs), self.safety_prompts, self.delta)
+        return self.rule.forecast(self.values(costs), self.safety_prompts, self.delta, self.within)
+
+    # -- the safety test -----------------------------------------------------------------------
 
     def judge(self, costs: ArrayLike) -> Judgement:
-        """The decision of the safety test on its costs (n,): pass if and only if U <= τ.
+        """The decision of the safety test on its costs (n,), in the committed order.
 
         Raises:
-            InputError: not exactly `safety_prompts` costs, or one that is not finite.
+            InputError: not exactly `safety_prompts` costs (a sequential bound takes what there
+                is), one that is not finite, or one outside the declared range.
         """
         values = self.values(costs)
-        if values.size != self.safety_prompts:
+        if values.size != self.safety_prompts and not self.rule.anytime:
             raise InputError(
                 f"the plan is {self.safety_prompts} safety prompts, the test has {values.size}"
             )
-        upper = self.rule.upper(values, self.delta)
-        return Judgement(upper, self.threshold, passed=bool(upper <= self.threshold))
+        rule, within = self.rule, self.within
+        passed = bool(rule.passes(values, self.threshold, self.delta, within))
+        upper = rule.upper(values, self.delta, within)
+        # The decision at the threshold is exact; U is found by search and follows it.
+        if passed:
+            upper = min(upper, self.threshold)
+        elif upper <= self.threshold:
+            upper = math.nextafter(self.threshold, math.inf)
+        evidence = rule.log_e_value(values, self.threshold, self.delta, within)
+        return Judgement(upper, self.threshold, passed, evidence)
 
     def describe(self) -> dict[str, Any]:
         """Every setting that the promise depends on, as plain JSON values."""
@@ -162,19 +308,48 @@ class Constraint:
             "delta": self.delta,
             "safety_prompts": self.safety_prompts,
             "bound": self.rule.name,
-            "bound_options": vars(self.rule).copy(),
+            "bound_options": asdict(self.rule),  # type: ignore[call-overload]
+            "lower": self.lower,
+            "upper": self.upper,
+            "alpha": self.alpha,
+            "eta": self.eta,
             "class": self.rule.kind,
             "assumptions": self.rule.assumptions,
         }
 
+    @staticmethod
+    def read(record: Mapping[str, Any]) -> Constraint:
+        """The constraint that `describe` described, in this or an older version.
+
+        Raises:
+            InputError: it is not such a description.
+        """
+        try:
+            return Constraint(
+                estimand=record["estimand"],
+                threshold=record["threshold"],
+                delta=record["delta"],
+                safety_prompts=record["safety_prompts"],
+                bound=method(record["bound"], record["bound_options"]),
+                lower=record.get("lower"),
+                upper=record.get("upper"),
+                alpha=record.get("alpha"),
+                eta=record.get("eta"),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"not a constraint ({type(error).__name__}: {error}): {record}"
+            ) from error
+
 
 @dataclass(frozen=True)
 class Judgement:
-    """One constraint's result: the upper bound U, its threshold, and U <= threshold."""
+    """One constraint's result: U, its threshold, the decision, ln of the evidence if betting."""
 
     upper: float
     threshold: float
     passed: bool
+    log_e_value: float | None = None
 
 
 def seldonian_pessimism(n: int, delta: float, miss_probability: float) -> float:
@@ -189,19 +364,67 @@ def seldonian_pessimism(n: int, delta: float, miss_probability: float) -> float:
     return student_t_factor(n, delta) + z / math.sqrt(n)
 
 
-def harm_rate_target(limit: float, n: int, delta: float, miss_probability: float) -> float:
+def bootstrap_pessimism(
+    rule: Bound, values: Floats, n: int, delta: float, miss_probability: float, within: Range
+) -> float:
+    """The (1 - β) quantile of (U(C*) - μ̂)/σ̂ over samples C* of n of these values.
+
+    U is the bound of the safety test, β the miss probability: with μ + pessimism · σ = τ, a test
+    on n prompts passes with probability 1 - β if its costs are spread like these. 0 where the
+    values have no spread.
+
+    Args:
+        values: of recent rollouts, (m,).
+    """
+    mean, std = float(values.mean()), float(values.std())
+    if not std > 0:
+        return 0.0
+    samples = resamples(values, n, max(40, math.ceil(4 / miss_probability)))
+    allowed = math.floor(miss_probability * len(samples))
+
+    def enough(pessimism: float) -> bool:
+        threshold = mean + pessimism * std
+        failed = 0
+        for sample in samples:
+            failed += not rule.passes(sample, threshold, delta, within)
+            if failed > allowed:
+                return False
+        return True
+
+    # Up to the cap, or to where a sample of n could hardly be told from nothing.
+    room = 20.0 if within.upper is None else (within.upper - mean) / std
+    low, high = 0.0, room
+    for _ in range(10):
+        middle = 0.5 * (low + high)
+        low, high = (low, middle) if enough(middle) else (middle, high)
+    return high
+
+
+def harm_rate_target(
+    rule: Bound, limit: float, n: int, delta: float, miss_probability: float
+) -> float:
     """p* = BetaInv(β; h + 1, n - h), h the most harmful responses with which n prompts pass.
 
-    A policy whose true harm rate is p* passes with probability 1 - β.
+    A policy whose true harm rate is p* passes with probability 1 - β. Where the bound looks at the
+    order, the harms lie evenly spread.
 
     Raises:
         InputError: not even h = 0 passes: n is too small for this limit.
     """
     check_delta(miss_probability, "miss_probability")
-    if clopper_pearson_upper(0, n, delta) > limit:
-        needed = max(n + 1, math.floor(math.log(delta) / math.log1p(-limit)))
-        while clopper_pearson_upper(0, needed, delta) > limit:
-            needed += 1
+
+    def passes(harmful: int, count: int) -> bool:
+        spread = np.diff(np.floor(np.arange(count + 1) * harmful / count))
+        return rule.passes(spread, limit, delta, Range(0.0, 1.0))
+
+    if not passes(0, n):
+        needed = n
+        while not passes(0, needed) and needed < 10**6:
+            needed *= 2
+        low = n
+        while needed - low > 1:
+            middle = (low + needed) // 2
+            low, needed = (low, middle) if passes(0, middle) else (middle, needed)
         raise InputError(
             f"a harm rate <= {limit} at delta {delta} cannot be shown with {n} safety prompts, "
             f"even if none is harmful; at least {needed} are needed"
@@ -209,10 +432,7 @@ def harm_rate_target(limit: float, n: int, delta: float, miss_probability: float
     low, high = 0, n  # passes at low, fails at high: bisection for the largest h that passes
     while high - low > 1:
         middle = (low + high) // 2
-        if clopper_pearson_upper(middle, n, delta) <= limit:
-            low = middle
-        else:
-            high = middle
+        low, high = (middle, high) if passes(middle, n) else (low, middle)
     return float(special.betaincinv(low + 1, n - low, miss_probability))
 
 

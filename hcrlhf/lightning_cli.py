@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 # What YAML may name without a second thought: importing registers the classes.
 from callbacks import Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
-from hcrlhf.certificate import VERDICT_FILE, verdict_record, write_json
+from hcrlhf.certificate import VERDICT_FILE, verdict_record
 from hcrlhf.cli import (
     INTERRUPTED,
     NO_SOLUTION,
@@ -38,13 +38,14 @@ from hcrlhf.cli import (
     did_you_mean,
 )
 from hcrlhf.errors import InputError
+from hcrlhf.hashing import write_json
+from hcrlhf.methods import METHODS
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.text import one_line
 from lightning_modules import Policy, Preference, Supervised
 
 KNOWN_CLASSES = [
-    "hcrlhf.bounds.ClopperPearson",
-    "hcrlhf.bounds.StudentT",
+    *(f"hcrlhf.methods.{cls.__name__}" for cls in METHODS.values()),
     "hcrlhf.multiplier.FixedMultiplier",
     "hcrlhf.multiplier.LogMultiplier",
     "hcrlhf.multiplier.ProjectedMultiplier",
@@ -316,12 +317,13 @@ def remedy(text: str) -> str:
 
 def known_keys() -> list[str]:
     """Every key that a config of this project may hold below model, data and trainer."""
-    from hcrlhf import bounds, constraint, multiplier, ppo, rollouts, text
+    from hcrlhf import constraint, multiplier, ppo, rollouts, text
     from hcrlhf.backbone import LoraOptions
 
     classes: list[Any] = [Supervised, Preference, Policy, Demonstrations, Preferences, Prompts]
     classes += [SafetyTest, Checkpoint, Completions, Progress, Trainer, LoraOptions]
     classes += [constraint.Constraint, ppo.PPO, rollouts.Decoding, text.ChatFormat]
-    classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier, bounds.StudentT]
+    classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier]
+    classes += list(METHODS.values())
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"class_path", "init_args", "model", "data", "trainer", "config"})

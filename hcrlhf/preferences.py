@@ -16,7 +16,7 @@ from scipy import optimize, stats
 from torch import Tensor
 from torch.nn import functional as F
 
-from hcrlhf.bounds import Floats
+from hcrlhf.samples import Floats
 
 
 def bradley_terry_loss(higher: Tensor, lower: Tensor) -> Tensor:
@@ -64,6 +64,19 @@ def proportion(successes: int, n: int) -> Interval:
         return Interval(math.nan, math.nan, math.nan)
     ci = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return Interval(successes / n, float(ci.low), float(ci.high))
+
+
+def squashed(scores: Floats, limit: float | None) -> Floats:
+    """c' = S · tanh(c / S) in float64, which lies in [-S, S] whatever c is; c itself without S.
+
+    A cost with such a cap can be bounded exactly. The promise is then about E[c'], which implies
+    nothing about E[c]; signs, and so the harm rate, are unchanged.
+
+    Args:
+        scores: c (n,), of any finite size. limit: S > 0, or None.
+    """
+    c = np.asarray(scores, dtype=np.float64)
+    return c if limit is None else limit * np.tanh(c / limit)
 
 
 def correct_pairs(higher: Tensor, lower: Tensor) -> int:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from hcrlhf.backbone import Backbone
-from hcrlhf.bounds import Floats
 from hcrlhf.errors import InputError
+from hcrlhf.samples import Floats
 from hcrlhf.text import Tokens
 
 

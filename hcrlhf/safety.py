@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from hcrlhf.bounds import Floats
 from hcrlhf.constraint import Constraint
 from hcrlhf.examples import Prompt
+from hcrlhf.samples import Floats
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,11 @@ class SafetyTestable(Protocol):
     def sample_costs(self, batch: Any, seed: str) -> CostSamples:
         """One response per prompt of the batch, seeded by `seed` and the prompt's key."""
 
-    def policy_hash(self) -> str:
-        """SHA-256 of the policy's weights as `save_policy` writes them."""
+    def completed(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
+        """The constraints with what the cost model knows of its range."""
 
     def save_policy(self, folder: Any) -> None:
-        """Writes the policy for use."""
+        """Writes the policy for use; the same bytes whenever it is called."""
 
     def provenance(self) -> dict[str, Any]:
         """Hashes and settings that the plan of a safety test commits to."""
@@ -68,6 +68,10 @@ class HoldsSafetyPrompts(Protocol):
     @property
     def safety_prompts(self) -> list[Prompt] | None:
         """The pool to draw from; None where the config names no safety file."""
+
+    @property
+    def safety_source(self) -> str:
+        """Where the pool comes from, for people."""
 
     @property
     def training_keys(self) -> frozenset[str]:

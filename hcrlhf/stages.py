@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hcrlhf.errors import InputError
+from hcrlhf.hashing import file_sha256
 from hcrlhf.text import ChatFormat
 
 FORMAT = 1
@@ -62,6 +63,7 @@ class Stage:
         chat: template, system prompt and lengths.
         moments: of the scores, where the role scores.
         calibration: slope and intercept of P(harmful) = σ(a c + b), for a cost model.
+        squash: S of the cost c' = S tanh(c / S) that policy and safety test see; None: c itself.
         metrics: what was measured on held-out data.
     """
 
@@ -72,6 +74,7 @@ class Stage:
     chat: ChatFormat
     moments: ScoreMoments | None = None
     calibration: dict[str, float] | None = None
+    squash: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -121,6 +124,7 @@ def read_stage(folder: str, expected: Role, slot: str) -> Stage:
             chat=ChatFormat(**record["chat"]),
             moments=ScoreMoments(**record["moments"]) if record["moments"] else None,
             calibration=record["calibration"],
+            squash=record.get("squash"),
             metrics=record["metrics"],
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -198,8 +202,3 @@ def fingerprint(model: str) -> str:
     for path in [folder / "config.json", *files]:
         digest.update(path.name.encode() + b"\0" + file_sha256(path).encode())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

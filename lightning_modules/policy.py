@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 import hcrlhf
 from hcrlhf.backbone import BASE, LoraOptions, load_head
-from hcrlhf.bounds import Floats
 from hcrlhf.constraint import (
     Constraint,
     RunningVariance,
@@ -26,14 +26,16 @@ from hcrlhf.constraint import (
 )
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Prompt
+from hcrlhf.hashing import file_sha256
 from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
 from hcrlhf.ppo import PPO
+from hcrlhf.preferences import squashed
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
+from hcrlhf.samples import Floats
 from hcrlhf.stages import (
     Stage,
-    file_sha256,
     fingerprint,
     read_prompt_keys,
     read_stage,
@@ -71,7 +73,8 @@ class Policy(AdapterModule):
     Args:
         sft: folder of the supervised stage: the reference, and where the policy starts.
         reward, cost: folders of the reward and cost models.
-        constraints: what is promised; training and the safety test read the same objects.
+        constraints: what is promised; training and the safety test read the same objects. The
+            cost's range comes from a cost model that was trained with `squash`.
         learner: `hcrlhf.ppo.PPO`.
         multiplier: rule of the Lagrange multipliers, one λ per constraint.
         kl_coefficient: β of the KL to the reference, per token, in units of the standardised
@@ -90,7 +93,7 @@ class Policy(AdapterModule):
         sft: str,
         reward: str,
         cost: str,
-        constraints: list[Constraint] | None = None,
+        constraints: list[Constraint],
         learner: Learner = PPO(),  # noqa: B008 (frozen)
         multiplier: Multiplier = ProjectedMultiplier(),  # noqa: B008 (frozen)
         kl_coefficient: float = 0.05,
@@ -115,7 +118,9 @@ class Policy(AdapterModule):
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
         self.automatic_optimization = False
         self.folders = {"sft": sft, "reward": reward, "cost": cost}
-        self.constraints = tuple(constraints) if constraints else (Constraint(),)
+        if not constraints:
+            raise InputError("constraints is empty; name at least one limit")
+        self.constraints = tuple(constraints)
         self.learner = learner
         self.multiplier = multiplier
         self.kl_coefficient = kl_coefficient
@@ -128,6 +133,8 @@ class Policy(AdapterModule):
         self.updates = 0
         self.multipliers = [multiplier.initial for _ in self.constraints]
         self.variances = [RunningVariance(c.std_floor) for c in self.constraints]
+        self.recent_costs: list[float] = []  # the last safety_prompts ones, for the pessimism
+        self.pessimisms = [0.0 for _ in self.constraints]
         self.critics = ["reward_critic"] + [
             f"cost_critic_{j}" for j in range(len(self.constraints))
         ]
@@ -179,6 +186,31 @@ class Policy(AdapterModule):
                 "cannot be standardised; train the reward model again"
             )
         self.reward_moments = reward.moments
+        self.squash = stages["cost"].squash
+        self.constraints = self.completed(self.constraints)
+        for constraint in self.constraints:
+            if constraint.rule.kind == "asymptotic":
+                rank_zero_warn(
+                    f"{constraint.label} is judged by {constraint.rule.name}, which holds only as "
+                    "the number of prompts grows and errs for rare severe harm; a cost model "
+                    "trained with squash allows an exact bound"
+                )
+
+    def completed(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
+        """The constraints with the range of the cost model's costs, ready to judge.
+
+        Raises:
+            InputError: a constraint declares a range that is not a fact, or needs one.
+        """
+        if self.squash is not None:
+            return tuple(c.with_range(-self.squash, self.squash).ready() for c in constraints)
+        for constraint in constraints:
+            if constraint.upper is not None or constraint.lower is not None:
+                raise InputError(
+                    "the constraint declares lower or upper, but nothing limits the costs of "
+                    f"{self.folders['cost']}; train it with squash, which brings its own range"
+                )
+        return tuple(c.ready() for c in constraints)
 
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
@@ -259,7 +291,7 @@ class Policy(AdapterModule):
                         log_probs=self._log_probs(actor, part),
                         reference_log_probs=self._log_probs(reference, part),
                         rewards=self._standardised(self.backbone.scores("reward", reward, part)),
-                        costs=self.backbone.scores("cost", cost, part).double().cpu().numpy(),
+                        costs=self._costs(self.backbone.scores("cost", cost, part)),
                         values=torch.stack(
                             [
                                 self.backbone.values(critic, state, part)
@@ -275,6 +307,10 @@ class Policy(AdapterModule):
 
     def _standardised(self, scores: Tensor) -> Tensor:
         return (scores - self.reward_moments.mean) / self.reward_moments.std
+
+    def _costs(self, scores: Tensor) -> Floats:
+        """What training and safety test both see: the squashed score in float64."""
+        return squashed(scores.double().cpu().numpy(), self.squash)
 
     def _micro_batches(self, count: int) -> Iterator[slice]:
         size = self.micro_batch_size or count
@@ -309,9 +345,11 @@ class Policy(AdapterModule):
                 "from this rollout; lower the learning rate, or check the scorers"
             )
         streams, violations = [rollout.rewards], []
-        for constraint, variance in zip(self.constraints, self.variances, strict=True):
-            count = len(self.constraints)
-            pessimism = constraint.training_pessimism(count)
+        count = len(self.constraints)
+        self._remember(rollout.costs)
+        for constraint, variance, pessimism in zip(
+            self.constraints, self.variances, self.pessimisms, strict=True
+        ):
             values = constraint.values(rollout.costs)
             spread = pairwise_spread(values, rollout.keys)
             current = float(spread.mean()) / 2
@@ -322,6 +360,17 @@ class Policy(AdapterModule):
             violations.append(violation(float(values.mean()), std, pessimism, target))
             variance.update(current)
         return torch.stack(streams), violations
+
+    def _remember(self, costs: Floats) -> None:
+        """Keeps recent costs; renews every pessimism when they have been replaced once."""
+        capacity = max(c.safety_prompts for c in self.constraints)
+        every = max(1, capacity // costs.size)
+        self.recent_costs = [*self.recent_costs, *costs.tolist()][-capacity:]
+        if self.updates % every == 0:
+            count = len(self.constraints)
+            self.pessimisms = [
+                c.training_pessimism(count, self.recent_costs) for c in self.constraints
+            ]
 
     def _start_critics(self, rollout: Rollout, scores: Tensor) -> Rollout:
         """Sets each value head's bias to its stream's mean, where learning would have to begin."""
@@ -426,6 +475,7 @@ class Policy(AdapterModule):
             bar[f"lambda{suffix}"] = self.multipliers[j]
             bar[f"bound{suffix}"] = constraint.forecast(rollout.costs)
             rest[f"violation{suffix}"] = violations[j]
+            rest[f"pessimism{suffix}"] = self.pessimisms[j]
         self.log_dict(bar, prog_bar=True, batch_size=len(rollout.keys))
         self.log_dict(rest, batch_size=len(rollout.keys))
 
@@ -497,9 +547,6 @@ class Policy(AdapterModule):
         truncated = rollout.tokens.truncated.cpu().numpy()[:, None]
         return CostSamples(batch.keys, costs, tuple((t,) for t in texts), truncated)
 
-    def policy_hash(self) -> str:
-        return hashlib.sha256(self.backbone.adapter_bytes(ACTOR)).hexdigest()
-
     def save_policy(self, folder: Path) -> None:
         """The adapter in PEFT's format, tokenizer, decoding and `hcrlhf.json`."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -524,6 +571,7 @@ class Policy(AdapterModule):
         return {
             "hcrlhf": hcrlhf.__version__,
             "backbone": self.stages["sft"].fingerprint,
+            "squash": self.squash,
             "quantization": self.source.quantization,
             "dtype": self.source.dtype,
             "cost_model": {
@@ -545,6 +593,8 @@ class Policy(AdapterModule):
             "updates": self.updates,
             "multipliers": list(self.multipliers),
             "variances": [[v.mean, v.weight] for v in self.variances],
+            "recent_costs": list(self.recent_costs),
+            "pessimisms": list(self.pessimisms),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -558,3 +608,5 @@ class Policy(AdapterModule):
         self.multipliers = [float(m) for m in state["multipliers"]]
         for variance, (mean, weight) in zip(self.variances, state["variances"], strict=True):
             variance.mean, variance.weight = float(mean), float(weight)
+        self.recent_costs = [float(c) for c in state["recent_costs"]]
+        self.pessimisms = [float(p) for p in state["pessimisms"]]

@@ -60,6 +60,8 @@ class Preference(AdapterModule):
         sign_weight: of the cost model's sign terms; 0 leaves Bradley-Terry alone, whose zero is
             arbitrary.
         penalty: ρ of ρ · mean(s_higher² + s_lower²).
+        squash: S of a cost model: policy and safety test see c' = S tanh(c / S), which no response
+            can push above S, so that an exact bound on its mean exists. The loss sees c.
         quantization, dtype: of the backbone; None takes those of the supervised stage.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
     """
@@ -71,6 +73,7 @@ class Preference(AdapterModule):
         lora: LoraOptions | None = None,
         sign_weight: float = 1.0,
         penalty: float = 1e-3,
+        squash: float | None = None,
         quantization: Literal["none", "nf4"] | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         learning_rate: float = 2e-4,
@@ -80,7 +83,12 @@ class Preference(AdapterModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(learning_rate, weight_decay, schedule, warmup, gradient_checkpointing)
+        if squash is not None and not (role == "cost" and 0 < squash < math.inf):
+            raise InputError(
+                f"squash is the positive cap of a cost model, got {squash} for a {role} model"
+            )
         self.role = role
+        self.squash = squash
         self.sft = sft
         self.lora = lora
         self.sign_weight = sign_weight
@@ -279,6 +287,7 @@ class Preference(AdapterModule):
             chat=self.sft_stage.chat,
             moments=self.moments,
             calibration=asdict(self.calibration) if self.calibration else None,
+            squash=self.squash,
             metrics={k: v for k, v in self.report.items() if math.isfinite(v)},
         )
         write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.sft))

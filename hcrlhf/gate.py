@@ -1,0 +1,549 @@
+"""The one way to a verdict: ledger, plan, costs, decision, release. No torch, no Lightning.
+
+`Gate.grant` is asked before training (what δ this run will get, whether there are enough fresh
+prompts), `Gate.test` afterwards. In between lies whatever draws responses and scores them: a
+language model through callbacks.SafetyTest, a table of numbers in a study of the promise itself.
+
+Everything that happens survives a crash: the open line of the ledger stands before the first
+response, costs are written batch by batch, and a run that comes back with the same plan goes on
+where the broken one was. Any other run finds its δ and its prompts spent.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hcrlhf import certificate as cert
+from hcrlhf import ledger as ledgers
+from hcrlhf.constraint import Constraint, Judgement
+from hcrlhf.errors import InputError
+from hcrlhf.hashing import json_hash, read_json, set_hash, write_json, write_text
+from hcrlhf.ledger import Ledger, Schedule, Test
+from hcrlhf.safety import CostSamples
+
+PARTIAL_FILE, SEALED_FILE, RESPONSES_FILE = "sealed.partial.jsonl", "sealed.json", "responses.jsonl"
+
+
+@dataclass(frozen=True)
+class Population:
+    """The prompts that a test may draw from, and what they were compared with.
+
+    Attributes:
+        keys: every different prompt of the safety set that fits.
+        left_out: how many were too long.
+        compared_with: names of other sets of prompts -> how many keys; none overlaps.
+        source: the name of the file, for people.
+    """
+
+    keys: Sequence[str]
+    left_out: int = 0
+    compared_with: Mapping[str, int] = field(default_factory=dict)
+    source: str = ""
+
+    def describe(self, fresh: int) -> dict[str, Any]:
+        return {
+            "source": self.source,
+            "pool": len(self.keys),
+            "pool_hash": set_hash(self.keys),
+            "fresh": fresh,
+            "left_out_too_long": self.left_out,
+            "disjoint_from": dict(self.compared_with),
+        }
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Where a run keeps its ledger, and how its safety test stops.
+
+    Args:
+        folder: the run's folder.
+        ledger: the claim's ledger file.
+        schedule: "halving": test k is granted δ·2^-k. "once": the first test is granted all of δ,
+            and there is no second.
+        sequential: look after every batch, and stop as soon as every e-process has decided.
+        continues: folder of a run whose sequential test was undecided; this one goes on with
+            fresh prompts.
+        state: the state directory; None takes the user's.
+    """
+
+    folder: Path
+    ledger: Path
+    schedule: Schedule = "halving"
+    sequential: bool = False
+    continues: Path | None = None
+    state: Path | None = None
+
+    # -- before training -----------------------------------------------------------------------
+
+    def grant(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
+        """The constraints with the δ that this run's test will be granted as things stand.
+
+        Raises:
+            InputError: nothing is left of δ, the ledger is damaged or belongs to another claim, or
+                the constraints cannot be judged in this mode.
+        """
+        sizes = {c.safety_prompts for c in constraints}
+        if len(sizes) > 1:
+            raise InputError(
+                f"the constraints name different numbers of safety prompts {sorted(sizes)}; one "
+                "test draws one set, so give all the same"
+            )
+        if self.continues is not None:
+            number = self._earlier(self._read()).test.number
+        elif (ledger := self._read()) is None:
+            number = 1
+        else:
+            begun = self._begun(ledger)
+            number = begun.number if begun else ledger.next_test
+            ledgers.check_claim(ledger, _delta(constraints), self.schedule)
+        return self._granted(constraints, number)
+
+    def _granted(self, constraints: Sequence[Constraint], number: int) -> tuple[Constraint, ...]:
+        share = ledgers.granted_share(self.schedule, number)
+        mode = [c.sequential() if self.sequential else c for c in constraints]
+        return tuple(c.granted(c.delta * share) for c in mode)
+
+    def _read(self) -> Ledger | None:
+        if self.ledger.exists():
+            return ledgers.read(self.ledger, self.state)
+        ledgers.refuse_vanished(self.ledger, self.state)
+        return None
+
+    def _begun(self, ledger: Ledger) -> Test | None:
+        """The test that this folder's plan opened, which a resumed run would go on with."""
+        try:
+            return ledger.find(json_hash(read_json(self.folder / cert.PLAN_FILE)))
+        except (OSError, ValueError):
+            return None
+
+    def require_fresh(self, population: Population, needed: int) -> None:
+        """
+        Raises:
+            InputError: fewer fresh prompts than a test needs.
+        """
+        ledger = self._read()
+        if ledger is None or self._begun(ledger):
+            fresh = list(population.keys)
+        else:
+            fresh = fresh_prompts(population, ledger.spent())
+        if len(fresh) >= needed:
+            return
+        used = len(population.keys) - len(fresh)
+        if used and ledger is not None:
+            raise InputError(
+                f"the safety set has {len(population.keys)} different prompts that fit, but "
+                f"{used} of them are spent (tests in {ledger.path}), and the constraint's "
+                f"safety_prompts is {needed}; a set that was looked at tells nothing new: give "
+                "fresh prompts"
+            )
+        raise InputError(
+            f"the safety set has {len(fresh)} different prompts that fit, but the constraint's "
+            f"safety_prompts is {needed}; give more prompts, or lower it"
+        )
+
+    # -- the test ------------------------------------------------------------------------------
+
+    @contextmanager
+    def test(
+        self,
+        constraints: Sequence[Constraint],
+        population: Population,
+        policy_files: Mapping[str, str],
+        provenance: Mapping[str, Any],
+    ) -> Iterator[SafetyTrial]:
+        """Opens this plan's test in the ledger, or goes on with it where it is open already.
+
+        Args:
+            constraints: as configured, δ of the whole claim.
+            policy_files: SHA-256 of every file of the policy.
+
+        Raises:
+            InputError: δ or prompts are spent, or another process runs this test.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as held:
+            with ledgers.locked(
+                self.ledger, _delta(constraints), self.schedule, self.state
+            ) as ledger:
+                earlier = self._earlier(ledger) if self.continues else None
+
+                def plan(number: int, head: str, spent: frozenset[str]) -> _Planned:
+                    return self._plan(
+                        *(ledger, number, head, spent, earlier),
+                        *(constraints, population, policy_files, provenance),
+                    )
+
+                planned = self._known(ledger, plan)
+                if planned is None:
+                    number = earlier.test.number if earlier else ledger.next_test
+                    planned = plan(number, ledger.head, ledger.spent())
+                    arguments = (json_hash(planned.plan), planned.order, self.state)
+                    if earlier:
+                        ledger = ledgers.continue_test(ledger, number, *arguments)
+                    else:
+                        ledger = ledgers.open_test(ledger, *arguments)
+                held.enter_context(ledgers.running(ledger, planned.plan["ledger"]["test"]))
+                write_json(self.folder / cert.PLAN_FILE, planned.plan)
+            yield SafetyTrial(self, planned, earlier, ledger)
+
+    def _known(
+        self, ledger: Ledger, plan: Callable[[int, str, frozenset[str]], _Planned]
+    ) -> _Planned | None:
+        """This run's plan as an earlier attempt wrote it, if its test is still to be finished.
+
+        A test that was closed is finished here only if this folder began it: the same policy in
+        another folder is a new test with fresh prompts.
+        """
+        begun = self._begun(ledger)
+        for line in reversed(ledger.lines[1:]):
+            if line["kind"] not in ("open", "continue"):
+                continue
+            test = ledger.tests[line["test"] - 1]
+            if test.verdict is not None and test != begun:
+                continue
+            spent = Ledger(ledger.path, ledger.lines[: line["number"] - 1]).spent()
+            try:
+                planned = plan(line["test"], line["previous"], spent)
+            except InputError:
+                continue  # not enough fresh prompts then: it was not this plan
+            if json_hash(planned.plan) == line["plan"]:
+                return planned
+        return None
+
+    def _plan(
+        self,
+        ledger: Ledger,
+        number: int,
+        head: str,
+        spent: frozenset[str],
+        earlier: _Earlier | None,
+        constraints: Sequence[Constraint],
+        population: Population,
+        policy_files: Mapping[str, str],
+        provenance: Mapping[str, Any],
+    ) -> _Planned:
+        granted = self._granted(constraints, number)
+        for constraint in granted:
+            constraint.ready()
+        needed = granted[0].safety_prompts
+        fresh = fresh_prompts(population, spent)
+        if len(fresh) < needed:
+            raise InputError(
+                ledgers.spent_message(
+                    ledger, len(population.keys) - len(fresh), len(population.keys)
+                )
+            )
+        chosen = cert.choose(fresh, needed)
+        plan = cert.make_plan(
+            granted,
+            policy_files,
+            chosen,
+            population.describe(len(fresh)),
+            {
+                "id": ledger.identity,
+                "test": number,
+                "head": head,
+                "schedule": ledger.schedule,
+                "delta": ledger.delta,
+            },
+            provenance,
+            self.sequential,
+            json_hash(earlier.plans[-1]) if earlier else None,
+        )
+        if earlier:
+            earlier.require_same(plan)
+        seed = cert.response_seed_text(plan["policy"]["hash"], chosen, number)
+        return _Planned(plan, granted, seed, cert.safety_order(chosen, seed))
+
+    def _earlier(self, ledger: Ledger | None) -> _Earlier:
+        """The undecided test that `continues` names.
+
+        Raises:
+            InputError: there is none, or it may not be continued.
+        """
+        assert self.continues is not None
+        if not self.sequential:
+            raise InputError("continues is for sequential tests; set sequential: true")
+        path = self.continues / SEALED_FILE
+        try:
+            sealed = read_json(path)
+            plans, parts = sealed["plans"], [(s, _samples(p)) for s, p in sealed["parts"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"continues: {path} is not the sealed result of a test ({type(error).__name__}); "
+                "expected the folder of a run whose sequential test was undecided"
+            ) from error
+        test = ledger.find(json_hash(plans[-1])) if ledger else None
+        if test is None:
+            raise InputError(f"continues: {self.ledger} does not know the test in {self.continues}")
+        if plans[-1]["stopping"] != cert.SEQUENTIAL_STOP:
+            raise InputError(
+                f"continues: the test in {self.continues} was for a fixed number of prompts, which "
+                "may not be continued; a further look is a new test"
+            )
+        if test.burnt:
+            raise InputError(
+                f"continues: the numbers of test {test.number} were unsealed, so it is burnt; a "
+                "further look is a new test"
+            )
+        return _Earlier(test, plans, parts)
+
+
+def fresh_prompts(population: Population, spent: frozenset[str]) -> list[str]:
+    return [key for key in population.keys if key[:32] not in spent]
+
+
+def _delta(constraints: Sequence[Constraint]) -> float:
+    return max(c.delta for c in constraints)
+
+
+@dataclass(frozen=True)
+class _Planned:
+    plan: dict[str, Any]
+    constraints: tuple[Constraint, ...]
+    seed: str
+    order: list[str]
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """What an undecided test left: its plans, and the seed and samples of each of its parts."""
+
+    test: Test
+    plans: list[dict[str, Any]]
+    parts: list[tuple[str, CostSamples]]
+
+    def require_same(self, plan: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            InputError: policy, limits, scorers or decoding are not those of the undecided test.
+        """
+        before = self.plans[-1]
+        for name in ("constraints", "policy", "provenance", "stopping"):
+            if before[name] != plan[name]:
+                raise InputError(
+                    f"continues: {name} differs from the undecided test's; only the same policy, "
+                    "limits, cost model and decoding may go on with it"
+                )
+
+
+class SafetyTrial:
+    """One open test: hands out prompts, takes costs, and ends in PASS or no solution found.
+
+    Attributes:
+        constraints: with the δ granted.
+        seed: of every response, together with its prompt's key.
+    """
+
+    def __init__(
+        self, gate: Gate, planned: _Planned, earlier: _Earlier | None, ledger: Ledger
+    ) -> None:
+        self.gate = gate
+        self.plan = planned.plan
+        self.plan_hash = json_hash(planned.plan)
+        self.constraints = planned.constraints
+        self.seed = planned.seed
+        self.order = planned.order
+        self.earlier = earlier
+        self.ledger = ledger
+        self._parts = _read_partial(self._partial, self.plan_hash, self.order)
+
+    @property
+    def _partial(self) -> Path:
+        return self.gate.folder / PARTIAL_FILE
+
+    @property
+    def total(self) -> int:
+        return len(self.order)
+
+    @property
+    def done(self) -> int:
+        """How many prompts have been answered: all that may be shown while a test runs."""
+        return sum(len(part.keys) for part in self._parts)
+
+    def next(self, count: int) -> list[str]:
+        """Keys of the next prompts to be answered; none once the test has ended."""
+        if self.gate.sequential and self._parts and self._passes():
+            return []
+        return self.order[self.done : self.done + count]
+
+    def record(self, part: CostSamples) -> None:
+        """Takes the costs of the prompts that `next` handed out, and writes them down."""
+        if list(part.keys) != self.order[self.done : self.done + len(part.keys)]:
+            raise RuntimeError("these are not the prompts that the test handed out")
+        new = not self._parts
+        self._parts.append(part)
+        with self._partial.open("w" if new else "a", encoding="utf-8") as file:
+            if new:
+                file.write(json.dumps({"plan": self.plan_hash}) + "\n")
+            file.write(json.dumps(_record(part)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _samples(self) -> CostSamples:
+        before = [samples for _, samples in self.earlier.parts] if self.earlier else []
+        return CostSamples.join([*before, *self._parts])
+
+    def _passes(self) -> bool:
+        return all(j.passed for j in self._judge())
+
+    def _judge(self) -> list[Judgement]:
+        """
+        Raises:
+            InputError: a cost lies outside its declared range; without saying which.
+        """
+        try:
+            return cert.judge(self.constraints, self._samples())
+        except InputError:
+            # While the set is sealed not even an error text may carry a cost.
+            raise InputError(
+                "the safety test cannot be judged: a cost lies outside the range that its "
+                "constraint declares, so the cap is not a fact of this cost model"
+            ) from None
+
+    def passed(self) -> bool:
+        """The decision, once `next` has no more prompts to hand out."""
+        return self._passes()
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def fail(self) -> None:
+        """No solution found: seals the numbers, closes the test."""
+        parts = [*(self.earlier.parts if self.earlier else []), (self.seed, self._own())]
+        judgements = self._judge()
+        write_json(
+            self.gate.folder / SEALED_FILE,
+            {
+                "note": "the numbers of a test that was not passed; `hcrlhf unseal` shows them "
+                "and marks the set as burnt in the ledger",
+                "ledger": self._ledger_file(),
+                "plans": self._plans(),
+                "parts": [[seed, _record(samples)] for seed, samples in parts],
+                "bounds": cert.describe_bounds(self.constraints, judgements),
+            },
+        )
+        self._close("NO_SOLUTION_FOUND", None)
+        self._partial.unlink(missing_ok=True)
+
+    def certify(
+        self, texts: Mapping[str, str], package_versions: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """PASS: writes certificate, page and responses, closes the test; returns the certificate.
+
+        Args:
+            texts: prompt key -> prompt, for the file of responses.
+
+        Raises:
+            RuntimeError: the costs do not pass.
+        """
+        samples = self._samples()
+        parts = [*(self.earlier.parts if self.earlier else []), (self.seed, self._own())]
+        published = [cert.published_key(s, key) for s, part in parts for key in part.keys]
+        answers = [[p, t[0]] for p, t in zip(published, samples.responses, strict=True)]
+        line = next(x for x in self.ledger.lines if x.get("plan") == self.plan_hash)
+        record = cert.make_certificate(
+            self.constraints,
+            samples,
+            published,
+            self.plan,
+            {
+                **self.plan["ledger"],
+                "line": line["hash"],
+                "file": self._ledger_file(),
+            },
+            {
+                "seeds": [[seed, len(part.keys)] for seed, part in parts],
+                "responses_sha256": json_hash(answers),
+                "earlier_plans": self._plans()[:-1],
+            },
+            package_versions,
+        )
+        if record["verdict"] != "PASS":
+            raise RuntimeError("a certificate was asked for costs that do not pass")
+        folder = self.gate.folder
+        rows = [
+            {"prompt": p, "text": texts.get(key, ""), "response": t[0], "cost": float(c)}
+            for p, key, t, c in zip(
+                published, samples.keys, samples.responses, samples.costs[:, 0, 0], strict=True
+            )
+        ]
+        write_text(folder / RESPONSES_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        write_json(folder / cert.CERTIFICATE_FILE, record)
+        write_text(folder / cert.PAGE_FILE, cert.certificate_page(record))
+        self._close("PASS", record["hash"])
+        return record
+
+    def release(self) -> None:
+        """After the policy stands in its place: the costs are in the certificate now."""
+        self._partial.unlink(missing_ok=True)
+
+    def _own(self) -> CostSamples:
+        return CostSamples.join(self._parts)
+
+    def _plans(self) -> list[dict[str, Any]]:
+        return [*(self.earlier.plans if self.earlier else []), self.plan]
+
+    def _ledger_file(self) -> str:
+        return os.path.relpath(self.gate.ledger.resolve(), self.gate.folder.resolve())
+
+    def _close(self, verdict: str, certificate: str | None) -> None:
+        gate, test = self.gate, self.plan["ledger"]["test"]
+        with ledgers.locked(
+            gate.ledger, self.ledger.delta, self.ledger.schedule, gate.state
+        ) as ledger:
+            self.ledger = ledgers.close_test(ledger, test, verdict, certificate, gate.state)
+
+
+# -- costs on disk ---------------------------------------------------------------------------------
+
+
+def _record(part: CostSamples) -> dict[str, Any]:
+    return {
+        "keys": list(part.keys),
+        "costs": part.costs.tolist(),
+        "responses": [list(texts) for texts in part.responses],
+        "truncated": part.truncated.tolist(),
+    }
+
+
+def _samples(record: Mapping[str, Any]) -> CostSamples:
+    return CostSamples(
+        tuple(record["keys"]),
+        np.asarray(record["costs"], dtype=np.float64),
+        tuple(tuple(texts) for texts in record["responses"]),
+        np.asarray(record["truncated"], dtype=np.bool_),
+    )
+
+
+def _read_partial(path: Path, plan_hash: str, order: Sequence[str]) -> list[CostSamples]:
+    """The batches that a broken run of this plan has written; a torn last one is drawn again."""
+    try:
+        first, *rest = path.read_text(encoding="utf-8").split("\n")
+        if json.loads(first) != {"plan": plan_hash}:
+            return []
+    except (OSError, ValueError):
+        return []
+    parts: list[CostSamples] = []
+    done = 0
+    for line in rest:
+        try:
+            part = _samples(json.loads(line))
+        except (ValueError, KeyError, TypeError):
+            break
+        if list(part.keys) != list(order[done : done + len(part.keys)]):
+            break
+        parts.append(part)
+        done += len(part.keys)
+    if parts:
+        # Without what is torn, so that the next batch begins on a line of its own.
+        lines = [json.dumps({"plan": plan_hash}), *(json.dumps(_record(p)) for p in parts)]
+        write_text(path, "".join(f"{line}\n" for line in lines))
+    return parts

@@ -1,0 +1,84 @@
+"""Hashes of texts, JSON values and files, and JSON files written whole. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def sha256(*parts: str) -> str:
+    """SHA-256 of "part/part/…", in hex."""
+    return hashlib.sha256("/".join(parts).encode()).hexdigest()
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys and no spaces: one value, one text. NaN is refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def json_hash(value: Any) -> str:
+    """SHA-256 of the value's canonical JSON."""
+    return sha256(canonical(value))
+
+
+def sealed_hash(record: dict[str, Any]) -> str:
+    """SHA-256 of a record without its own `hash`."""
+    return json_hash({key: value for key, value in record.items() if key != "hash"})
+
+
+def set_hash(keys: Sequence[str]) -> str:
+    """The identity of a set of prompts, whatever its order."""
+    return sha256(*sorted(keys))
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in the folder, by its path relative to it."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes the whole file or nothing."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes the whole file or nothing."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file, in which no key may stand twice.
+
+    Raises:
+        ValueError: it is not JSON, or a key is repeated.
+        OSError: it cannot be read.
+    """
+    return json.loads(
+        path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
+    )
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        raise ValueError("a key stands twice")
+    return record
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")

@@ -1,0 +1,472 @@
+"""Who looked at which safety prompts, and what part of δ is spent. No torch.
+
+One ledger per claim (project): a file of JSON lines, each holding the hash of the line before it.
+A test is an `open` line, written before its first response is drawn, and a `close` line; what it
+was granted and which prompts it used are spent from the open line on, whatever happens next. Test
+k is granted δ·2^-k (`halving`), so that all of them together err with probability at most δ; or
+the first is granted all of δ and there is no second (`once`).
+
+The chain shows every change of a line and every line that was removed before another. A missing
+tail it cannot show: the last hash is therefore also kept in the user's state directory, in the plan
+and in the certificate. We assume an honest user and guard against accidents: whoever deletes every
+copy, or takes the same prompts to another ledger, is not noticed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from hcrlhf.errors import InputError
+from hcrlhf.hashing import canonical, sealed_hash
+
+SCHEMA = 1
+FILE = "ledger.jsonl"
+NO_LINE = "0" * 64
+
+Schedule = Literal["halving", "once"]
+SCHEDULES: tuple[Schedule, ...] = ("halving", "once")
+
+
+def granted_share(schedule: Schedule, test: int) -> float:
+    """The share of δ that test k = 1, 2, … is granted: 2^-k, or all of it once.
+
+    Raises:
+        InputError: the schedule grants nothing more.
+    """
+    if schedule == "halving":
+        return 2.0**-test
+    if test > 1:
+        raise InputError(
+            "this ledger's δ was granted to one test, which has been opened; a further test is a "
+            "new claim with a ledger of its own (its promise does not cover the two together), or "
+            "next time take schedule: halving"
+        )
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test: its open line, and what became of it.
+
+    Attributes:
+        number: k.
+        plans: hash of the plan, and of each continuation with fresh prompts.
+        previous: hash of the ledger's last line before the test was opened.
+        prompts: keys (first 32 hex digits) of the prompts it used.
+        verdict: None while it is open.
+        certificate: hash of the certificate of a PASS.
+        burnt: its numbers were looked at.
+    """
+
+    number: int
+    plans: tuple[str, ...]
+    previous: str
+    prompts: frozenset[str]
+    verdict: str | None = None
+    certificate: str | None = None
+    burnt: bool = False
+
+
+def continuable(test: Test) -> bool:
+    """An undecided test may go on with fresh prompts, unless somebody looked at its numbers."""
+    return test.verdict == "NO_SOLUTION_FOUND" and not test.burnt
+
+
+class Ledger:
+    """The checked content of a ledger file.
+
+    Raises:
+        InputError: a line was changed, removed, added or torn; says which and what to do.
+    """
+
+    def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
+        self.path = path
+        self.lines = lines
+
+    @property
+    def head(self) -> str:
+        return str(self.lines[-1]["hash"])
+
+    @property
+    def identity(self) -> str:
+        return str(self.lines[0]["id"])
+
+    @property
+    def delta(self) -> float:
+        return float(self.lines[0]["delta"])
+
+    @property
+    def schedule(self) -> Schedule:
+        schedule: Schedule = self.lines[0]["schedule"]
+        return schedule
+
+    @property
+    def tests(self) -> list[Test]:
+        """Every test, in order."""
+        return list(replay(self.lines).values())
+
+    def spent(self, before: int | None = None) -> frozenset[str]:
+        """Keys of all prompts that a test (numbered below `before`) has used."""
+        tests = [t for t in self.tests if before is None or t.number < before]
+        return frozenset().union(*(t.prompts for t in tests))
+
+    def find(self, plan: str) -> Test | None:
+        """The test that was opened, or continued, with this plan."""
+        return next((t for t in self.tests if plan in t.plans), None)
+
+    @property
+    def next_test(self) -> int:
+        return len(self.tests) + 1
+
+
+def replay(lines: list[dict[str, Any]]) -> dict[int, Test]:
+    """The tests that the lines tell of.
+
+    Raises:
+        InputError: a line that cannot follow those before it.
+    """
+    tests: dict[int, Test] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        kind, test = line.get("kind"), line.get("test")
+        known = tests.get(test) if isinstance(test, int) else None
+        if kind == "open" and test == len(tests) + 1:
+            prompts = frozenset(line["prompts"])
+            tests[test] = Test(test, (line["plan"],), line["previous"], prompts)
+        elif kind == "continue" and known and continuable(known):
+            tests[known.number] = replace(
+                known,
+                plans=(*known.plans, line["plan"]),
+                prompts=known.prompts | frozenset(line["prompts"]),
+                verdict=None,
+            )
+        elif kind == "close" and known and known.verdict is None:
+            tests[known.number] = replace(
+                known,
+                verdict=line["verdict"],
+                certificate=line["certificate"],
+                burnt=line["verdict"] == "PASS",  # its certificate publishes the costs
+            )
+        elif kind == "burn" and known and known.verdict is not None:
+            tests[known.number] = replace(known, burnt=True)
+        else:
+            raise InputError(f"line {number}: {kind} of test {test} cannot stand there")
+    return tests
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def read(path: Path, state: Path | None = None) -> Ledger:
+    """The ledger in `path`, checked line by line and against the state directory.
+
+    Raises:
+        InputError: it does not exist, or is not what was written.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); expected a ledger") from error
+    ledger = Ledger(path, parse(content, path))
+    seen = _read_state(state).get(ledger.identity)
+    if seen and seen["head"] not in [line["hash"] for line in ledger.lines]:
+        raise InputError(
+            f"{path} has {len(ledger.lines)} lines and lacks the last one that this machine has "
+            f"seen ({seen['lines']} lines, head {seen['head'][:12]}): its tail is missing, and "
+            "with it a test that was spent; restore the file from a copy"
+        )
+    return ledger
+
+
+def parse(content: bytes, path: Path) -> list[dict[str, Any]]:
+    """The lines of a ledger file, each of which must be byte for byte what was written."""
+    if not content:
+        raise InputError(f"{path} is empty; expected a ledger: restore the file from a copy")
+    *complete, rest = content.split(b"\n")
+    if rest:
+        raise InputError(
+            f"{path} ends in the middle of line {len(complete) + 1}: a process died while it wrote "
+            "it. No response is drawn before an open line is whole, so it may be dropped: "
+            f"hcrlhf ledger {path} --drop-torn-line"
+        )
+    lines: list[dict[str, Any]] = []
+    previous = NO_LINE
+    for number, raw in enumerate(complete, start=1):
+        try:
+            record = json.loads(raw)
+            intact = (
+                isinstance(record, dict)
+                and canonical(record).encode() == raw
+                and record["hash"] == sealed_hash(record)
+            )
+        except (ValueError, KeyError, RecursionError):
+            intact = False
+        if not intact:
+            raise InputError(
+                f"{path}, line {number}: not what was written (its hash does not fit); restore "
+                "the file from a copy"
+            )
+        if record["previous"] != previous or record["number"] != number:
+            raise InputError(
+                f"{path}, line {number}: does not follow the line before it (a line was removed, "
+                "added or moved); restore the file from a copy"
+            )
+        lines.append(record)
+        previous = record["hash"]
+    first = lines[0]
+    if first.get("kind") != "ledger" or first.get("schema") != SCHEMA:
+        raise InputError(f"{path} is not a ledger of schema {SCHEMA}")
+    try:
+        replay(lines)
+    except InputError as error:
+        raise InputError(f"{path}, {error}; restore the file from a copy") from error
+    return lines
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def locked(
+    path: Path, delta: float, schedule: Schedule, state: Path | None = None
+) -> Iterator[Ledger]:
+    """The ledger for writing, by one process at a time; made where there is none.
+
+    Args:
+        delta: of the whole claim; an existing ledger must promise no less.
+
+    Raises:
+        InputError: the ledger is damaged, promises something else, or was there and is gone.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(f"{path}.lock")
+    try:
+        lock.acquire(timeout=60)
+    except Timeout as error:
+        raise InputError(f"{path} has been locked by another process for a minute") from error
+    with lock:
+        if not path.exists():
+            refuse_vanished(path, state)
+            first = {
+                "kind": "ledger",
+                "schema": SCHEMA,
+                "id": secrets.token_hex(16),
+                "delta": delta,
+                "schedule": schedule,
+            }
+            append(Ledger(path, []), first, state)
+        ledger = read(path, state)
+        check_claim(ledger, delta, schedule)
+        yield ledger
+
+
+def check_claim(ledger: Ledger, delta: float, schedule: Schedule) -> None:
+    """
+    Raises:
+        InputError: the ledger belongs to another claim.
+    """
+    if delta > ledger.delta or schedule != ledger.schedule:
+        raise InputError(
+            f"{ledger.path} belongs to a claim with delta {ledger.delta:g} by schedule "
+            f"{ledger.schedule}, this run asks for delta {delta:g} by {schedule}; take those of "
+            "the ledger, or start the ledger of another claim (callbacks.SafetyTest, ledger)"
+        )
+
+
+@contextmanager
+def running(ledger: Ledger, test: int) -> Iterator[None]:
+    """Held while test k runs, so that no second process runs the same one.
+
+    Raises:
+        InputError: another process runs it.
+    """
+    path = Path(f"{ledger.path}.test-{test}.lock")
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise InputError(f"another process is running test {test} of {ledger.path}") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        path.unlink(missing_ok=True)
+
+
+def append(ledger: Ledger, fields: Mapping[str, Any], state: Path | None = None) -> Ledger:
+    """Adds a line, flushed to the disk before this returns; call it inside `locked`."""
+    record = {
+        **fields,
+        "number": len(ledger.lines) + 1,
+        "previous": ledger.lines[-1]["hash"] if ledger.lines else NO_LINE,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    record["hash"] = sealed_hash(record)
+    with ledger.path.open("ab") as file:
+        file.write(canonical(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+    longer = Ledger(ledger.path, [*ledger.lines, record])
+    _remember(longer, state)
+    return longer
+
+
+def open_test(
+    ledger: Ledger, plan: str, prompts: Collection[str], state: Path | None = None
+) -> Ledger:
+    """The open line of the next test. From here on its share of δ and its prompts are spent.
+
+    Raises:
+        InputError: a prompt was used before, or nothing of δ is left.
+    """
+    keys = short_keys(prompts)
+    granted_share(ledger.schedule, ledger.next_test)
+    used = ledger.spent() & keys
+    if used:
+        raise InputError(spent_message(ledger, len(used), len(keys)))
+    fields = {"kind": "open", "test": ledger.next_test, "plan": plan, "prompts": sorted(keys)}
+    return append(ledger, fields, state)
+
+
+def continue_test(
+    ledger: Ledger, test: int, plan: str, prompts: Collection[str], state: Path | None = None
+) -> Ledger:
+    """An undecided sequential test goes on with fresh prompts and the δ it was granted.
+
+    Raises:
+        InputError: a prompt was used before, or the test has ended in another way.
+    """
+    if not continuable(ledger.tests[test - 1]):
+        raise InputError(
+            f"test {test} of {ledger.path} is not an undecided one whose numbers nobody has seen, "
+            "so it cannot be continued; a further look is a new test"
+        )
+    keys = short_keys(prompts)
+    used = ledger.spent() & keys
+    if used:
+        raise InputError(spent_message(ledger, len(used), len(keys)))
+    fields = {"kind": "continue", "test": test, "plan": plan, "prompts": sorted(keys)}
+    return append(ledger, fields, state)
+
+
+def close_test(
+    ledger: Ledger, test: int, verdict: str, certificate: str | None, state: Path | None = None
+) -> Ledger:
+    """The close line; with the same content as one that is there already, nothing is added."""
+    known = ledger.tests[test - 1]
+    if known.verdict is not None:
+        if (known.verdict, known.certificate) != (verdict, certificate):
+            raise InputError(
+                f"{ledger.path} says {known.verdict} for test {test}, and this run found another "
+                "result for the same plan; the responses were not reproduced, so nothing is "
+                "released"
+            )
+        return ledger
+    fields = {"kind": "close", "test": test, "verdict": verdict, "certificate": certificate}
+    return append(ledger, fields, state)
+
+
+def short_keys(prompts: Collection[str]) -> frozenset[str]:
+    return frozenset(key[:32] for key in prompts)
+
+
+def spent_message(ledger: Ledger, used: int, of: int) -> str:
+    tests = sorted(t.number for t in ledger.tests)
+    return (
+        f"{used} of {of} safety prompts are spent: test {', '.join(map(str, tests))} of "
+        f"{ledger.path} used them, and a set that was looked at tells nothing new; give fresh "
+        "safety prompts"
+    )
+
+
+# -- the state directory ---------------------------------------------------------------------------
+
+
+def state_directory() -> Path:
+    """$HCRLHF_STATE_DIR, else $XDG_STATE_HOME/hcrlhf, else ~/.local/state/hcrlhf."""
+    if own := os.environ.get("HCRLHF_STATE_DIR"):
+        return Path(own)
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "hcrlhf"
+
+
+def _state_file(state: Path | None) -> Path:
+    return (state or state_directory()) / "ledgers.json"
+
+
+def _read_state(state: Path | None) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(_state_file(state).read_text())
+        return content if isinstance(content, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember(ledger: Ledger, state: Path | None) -> None:
+    """Keeps the ledger's head outside its folder. Where that cannot be written, goes without."""
+    path = _state_file(state)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{path}.lock"):
+            heads = _read_state(state)
+            heads[ledger.identity] = {
+                "path": str(ledger.path.resolve()),
+                "head": ledger.head,
+                "lines": len(ledger.lines),
+            }
+            temporary = path.with_suffix(".tmp")
+            temporary.write_text(json.dumps(heads, indent=1) + "\n")
+            os.replace(temporary, path)
+    except OSError:
+        pass
+
+
+def remembered_head(identity: str, state: Path | None = None) -> str | None:
+    """The last hash of that ledger which this machine has seen."""
+    seen = _read_state(state).get(identity)
+    return str(seen["head"]) if seen else None
+
+
+def refuse_vanished(path: Path, state: Path | None = None) -> None:
+    """
+    Raises:
+        InputError: a ledger with spent tests was in this place.
+    """
+    for seen in _read_state(state).values():
+        if seen["path"] == str(path.resolve()) and seen["lines"] > 1:
+            raise InputError(
+                f"the ledger {path} held spent tests when this machine last saw it, and is gone; "
+                f"restore it, or if its claim is given up: hcrlhf ledger {path} --forget"
+            )
+
+
+def forget(path: Path, state: Path | None = None) -> bool:
+    """Drops what the state directory knows of a ledger in this place; False if nothing."""
+    heads = _read_state(state)
+    kept = {k: v for k, v in heads.items() if v["path"] != str(path.resolve())}
+    if len(kept) == len(heads):
+        return False
+    _state_file(state).write_text(json.dumps(kept, indent=1) + "\n")
+    return True
+
+
+def drop_torn_line(path: Path) -> int:
+    """Cuts a last line that was not written to its end; returns how many bytes."""
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) == len(content):
+        return 0
+    parse(whole, path)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(whole)
+    os.replace(temporary, path)
+    return len(content) - len(whole)

@@ -1,0 +1,159 @@
+"""A table of costs that somebody already has: csv, jsonl or parquet. No torch."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import numpy as np
+
+from hcrlhf.certificate import environment, make_certificate
+from hcrlhf.constraint import Constraint
+from hcrlhf.errors import InputError
+from hcrlhf.hashing import file_sha256, sha256
+from hcrlhf.safety import CostSamples
+from hcrlhf.samples import Floats
+
+Aggregate = Literal["mean", "max"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """One cost per prompt.
+
+    Attributes:
+        path: the file. prompts: ids, unique, (n,). costs: (n,) float64, finite.
+    """
+
+    path: Path
+    prompts: tuple[str, ...]
+    costs: Floats
+
+
+def read_table(
+    path: Path, cost: str = "cost", prompt: str = "prompt_id", aggregate: Aggregate | None = None
+) -> Table:
+    """Reads a table with one row per response.
+
+    Args:
+        cost, prompt: names of the columns. Without a prompt column every row is its own prompt.
+        aggregate: how several responses to one prompt become one cost: their mean, or the largest
+            ("any response harmful"). None refuses them: responses to one prompt are not
+            independent, and a bound that takes them so errs far more often than δ.
+
+    Raises:
+        InputError: no such file or column, a cost that is not a finite number, a repeated prompt.
+    """
+    rows = list(_rows(path))
+    if not rows:
+        raise InputError(f"{path} has no rows")
+    columns = list(rows[0])
+    if cost not in columns:
+        raise InputError(
+            f"{path} has no column {cost!r}; its columns are {', '.join(map(str, columns))} "
+            "(--cost-column names another)"
+        )
+    named = prompt in columns
+    groups: dict[str, list[float]] = {}
+    for number, row in enumerate(rows, start=1):
+        key = str(row.get(prompt)) if named else str(number)
+        groups.setdefault(key, []).append(_cost(path, number, row.get(cost)))
+    repeated = len(rows) - len(groups)
+    if repeated and aggregate is None:
+        raise InputError(
+            f"{path} has several rows for {sum(len(g) > 1 for g in groups.values())} prompts; "
+            "responses to one prompt are not independent: take --aggregate mean (or max)"
+        )
+    unite = max if aggregate == "max" else _mean
+    costs = np.array([unite(group) for group in groups.values()], dtype=np.float64)
+    return Table(path, tuple(groups), costs)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _cost(path: Path, number: int, value: Any) -> float:
+    try:
+        number_read = float(value)
+    except (TypeError, ValueError):
+        number_read = math.nan
+    if isinstance(value, bool) or not math.isfinite(number_read):
+        raise InputError(f"{path}, row {number}: the cost is {value!r}, expected a finite number")
+    return number_read
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    suffixes = [s for s in path.suffixes if s != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix not in (".csv", ".jsonl", ".parquet"):
+        raise InputError(
+            f"{path} is of no known kind; expected .csv, .jsonl (also .gz) or .parquet"
+        )
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; expected a table of costs")
+    try:
+        if suffix == ".parquet":
+            from pyarrow import parquet
+
+            yield from parquet.read_table(path).to_pylist()
+            return
+        with _open(path) as file:
+            if suffix == ".csv":
+                yield from csv.DictReader(file)
+                return
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise InputError(f"{path}, line {number}: expected a JSON object")
+                    yield row
+    except (OSError, ValueError, csv.Error, EOFError) as error:
+        raise InputError(f"{path} cannot be parsed ({type(error).__name__}: {error})") from error
+
+
+def _open(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def retrospective_order(costs: Floats) -> list[int]:
+    """Positions of the costs in an order that the costs alone decide.
+
+    Sorted, then the i-th smallest is placed by SHA-256("order/digest/i"), with the digest of all
+    sorted costs: whoever hands in the rows in another order gets the same bound.
+    """
+    ascending = np.argsort(costs, kind="stable")
+    digest = sha256(*(repr(float(c)) for c in costs[ascending]))
+    places = sorted(range(costs.size), key=lambda i: sha256("order", digest, str(i)))
+    return [int(ascending[i]) for i in places]
+
+
+def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
+    """A retrospective certificate: PASS or NO_SOLUTION_FOUND on costs that are there already."""
+    order = retrospective_order(table.costs)
+    costs = np.repeat(table.costs[order][:, None, None], len(constraints), axis=2)
+    samples = CostSamples(
+        tuple(table.prompts[i] for i in order),
+        costs,
+        tuple(("",) for _ in order),
+        np.zeros((len(order), 1), dtype=np.bool_),
+    )
+    salt = sha256("salt", file_sha256(table.path))
+    source = {"file": table.path.name, "file_sha256": file_sha256(table.path)}
+    return make_certificate(
+        constraints,
+        samples,
+        [sha256("prompt", salt, key) for key in samples.keys],
+        plan=None,
+        ledger=None,
+        source=source,
+        package_versions=environment("numpy", "scipy"),
+    )

@@ -1,0 +1,406 @@
+"""Checks of a certificate that need no model: recompute what it says. No torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from hcrlhf import certificate as cert
+from hcrlhf import ledger as ledgers
+from hcrlhf.constraint import Constraint
+from hcrlhf.errors import InputError
+from hcrlhf.hashing import file_sha256, folder_hashes, json_hash, read_json, sealed_hash
+from hcrlhf.safety import CostSamples
+from hcrlhf.tables import Table, retrospective_order
+
+Outcome = Literal["ok", "FAILED", "not checked"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at."""
+
+    what: str
+    outcome: Outcome
+    detail: str = ""
+
+
+def verify(
+    path: Path,
+    ledger: Path | None = None,
+    policy: Path | None = None,
+    costs: Table | None = None,
+    state: Path | None = None,
+) -> list[Check]:
+    """Every check of the certificate in `path`, including those that could not be made.
+
+    Args:
+        ledger, policy: None looks where a run leaves them, beside the certificate.
+        costs: the table that a retrospective certificate was made from.
+        state: the state directory; None takes the user's.
+
+    Raises:
+        InputError: the file cannot be read, or is of a schema that this version does not know.
+    """
+    try:
+        record = read_json(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        return [Check("the file is JSON", "FAILED", str(error))]
+    schema = record.get("schema") if isinstance(record, dict) else None
+    if schema == 1:
+        return _run([lambda: _verify_1(record)])
+    if schema != cert.SCHEMA or isinstance(schema, bool):
+        return [Check("the schema is known", "FAILED", f"schema {schema!r}; expected 1 or 2")]
+    checks: list[Callable[[], list[Check]]] = [
+        lambda: [_same("the certificate's own hash", record["hash"], sealed_hash(record))],
+        lambda: _bounds(record),
+        lambda: _words(record, path),
+    ]
+    if record.get("kind") == "retrospective":
+        checks += [lambda: _retrospective(record, costs)]
+    else:
+        checks += [
+            lambda: _plan(record, path),
+            lambda: _ledger(record, path, ledger, state),
+            lambda: _policy(record, path, policy),
+        ]
+    return [
+        *_run(checks),
+        Check(
+            "that the costs are what the cost model says of the policy's responses",
+            "not checked",
+            "needs both models; the plan's hashes say which",
+        ),
+    ]
+
+
+def _run(checks: list[Callable[[], list[Check]]]) -> list[Check]:
+    """The results of all; a certificate that lacks what a check reads fails it."""
+    results: list[Check] = []
+    for check in checks:
+        try:
+            results += check()
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as e:
+            results.append(
+                Check("the certificate is complete", "FAILED", f"{type(e).__name__}: {e}")
+            )
+        except InputError as error:
+            results.append(Check("the certificate is consistent", "FAILED", str(error)))
+    return results
+
+
+def _same(what: str, said: Any, found: Any) -> Check:
+    if said == found and type(said) is type(found):
+        return Check(what, "ok")
+    return Check(what, "FAILED", f"says {_short(said)}, found {_short(found)}")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _close(said: float | None, found: float | None) -> bool:
+    if said is None or found is None:
+        return said is None and (found is None or math.isinf(found))
+    return math.isclose(said, found, rel_tol=1e-9, abs_tol=1e-9)
+
+
+# -- what the costs say ----------------------------------------------------------------------------
+
+
+def _samples(record: Mapping[str, Any]) -> CostSamples:
+    data = record["data"]
+    costs = np.asarray(data["costs"], dtype=np.float64)
+    if costs.ndim != 2:
+        raise InputError(f"expected costs as prompts x constraints, got shape {costs.shape}")
+    keys = tuple(data["prompts"])
+    return CostSamples(
+        keys,
+        costs[:, None, :],
+        tuple(("",) for _ in keys),
+        np.zeros((len(keys), 1), dtype=np.bool_),
+    )
+
+
+def _bounds(record: Mapping[str, Any]) -> list[Check]:
+    """Bounds, e-values and verdict, recomputed from the costs."""
+    constraints = [Constraint.read(b) for b in record["bounds"]]
+    samples = _samples(record)
+    results = [
+        _same("n is the number of costs", record["data"]["n"], len(samples.keys)),
+        _same("every prompt stands once", len(samples.keys), len(set(samples.keys))),
+    ]
+    judgements = cert.judge(constraints, samples)
+    recomputed = cert.describe_bounds(constraints, judgements)
+    for said, found in zip(record["bounds"], recomputed, strict=True):
+        a, b = said["found"], found["found"]
+        what = f"{found['estimand']} <= {cert.plain(found['threshold'])}: {found['bound']}"
+        right = (
+            a["passed"] is b["passed"]
+            and _close(a["upper"], b["upper"])
+            and _close(a["log_e_value"], b["log_e_value"])
+        )
+        verdict = "passed" if b["passed"] else "not passed"
+        detail = f"upper bound {cert.number(b['upper'])}, {verdict}"
+        if not right:
+            detail = f"says {a}, found {b}"
+        results.append(Check(what, "ok" if right else "FAILED", detail))
+        results.append(
+            _same(
+                f"{found['estimand']}: class and assumptions of the bound",
+                {k: v for k, v in said.items() if k != "found"},
+                {k: v for k, v in found.items() if k != "found"},
+            )
+        )
+    passed = "PASS" if all(j.passed for j in judgements) else "NO_SOLUTION_FOUND"
+    results.append(_same("the verdict follows from the costs", record["verdict"], passed))
+    return results
+
+
+def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
+    """The claim, the diagnostics and the page say what the bounds say."""
+    constraints = [Constraint.read(b) for b in record["bounds"]]
+    claim = cert.make_claim(constraints, record["kind"] == "retrospective")
+    found = cert.diagnose(constraints, _samples(record).costs[:, 0, 0])
+    said = record["diagnostics"]
+    agrees = set(said) == set(found) and all(_agree(said[key], found[key]) for key in found)
+    results = [
+        _same("the claim's words follow from the bounds", record["claim"], claim),
+        Check("the diagnostics", "ok" if agrees else "FAILED"),
+    ]
+    page = path.with_name(cert.PAGE_FILE)
+    if page.is_file():
+        text = page.read_text(encoding="utf-8")
+        results.append(_same(f"the page {page.name}", text, cert.certificate_page(record)))
+    else:
+        results.append(Check(f"the page {page.name}", "not checked", "not beside the certificate"))
+    return results
+
+
+def _agree(said: Any, found: Any) -> bool:
+    if isinstance(found, list):
+        return len(said) == len(found) and all(map(_agree, said, found))
+    return _close(said, found) if isinstance(found, float) else bool(said == found)
+
+
+# -- what was committed to -------------------------------------------------------------------------
+
+
+def _plan(record: Mapping[str, Any], path: Path) -> list[Check]:
+    """The plan's hash, and that bounds, order and number of prompts are those of the plan."""
+    plan, data = record["plan"], record["data"]
+    described = [{k: v for k, v in b.items() if k != "found"} for b in record["bounds"]]
+    results = [
+        _same("the hash of the plan", record["plan_hash"], json_hash(plan)),
+        _same("the bounds are those of the plan", described, plan["constraints"]),
+        _same(
+            "the policy's hash is that of its files",
+            plan["policy"]["hash"],
+            json_hash(plan["policy"]["files"]),
+        ),
+    ]
+    keys, start = data["prompts"], 0
+    plans = [*data["earlier_plans"], plan]
+    results.append(_same("one plan for each part of the test", len(plans), len(data["seeds"])))
+    for number, (part_plan, (seed, count)) in enumerate(zip(plans, data["seeds"], strict=True)):
+        part = keys[start : start + count]
+        start += count
+        order = sorted(part, key=lambda key, s=seed: cert.order_key(s, key))  # type: ignore[misc]
+        before = json_hash(plans[number - 1]) if number else None
+        derived = cert.sha256(
+            "responses",
+            part_plan["policy"]["hash"],
+            part_plan["safety_set"]["hash"],
+            str(part_plan["ledger"]["test"]),
+        )
+        results += [
+            _same("the seed is derived from policy, set and ledger", seed, derived),
+            _same("the prompts stand in the derived order", part, order),
+            _same("the plan goes on with the one before", part_plan["continues"], before),
+            _same("the constraints are the same", part_plan["constraints"], plan["constraints"]),
+            _same("the policy is the same", part_plan["policy"], plan["policy"]),
+        ]
+    results.append(_same("every prompt belongs to a part of the test", start, len(keys)))
+    sequential = plan["stopping"] == cert.SEQUENTIAL_STOP
+    if not sequential:
+        results.append(
+            _same("all planned prompts were used", len(keys), plan["safety_set"]["prompts"])
+        )
+    beside = path.with_name(cert.PLAN_FILE)
+    if beside.is_file():
+        results.append(_same(f"{beside.name} is the plan", read_json(beside), plan))
+    verdict = path.with_name(cert.VERDICT_FILE)
+    if verdict.is_file():
+        said = read_json(verdict)
+        results.append(
+            _same(
+                f"{verdict.name} says the same",
+                [said["verdict"], said["plan_hash"]],
+                [record["verdict"], record["plan_hash"]],
+            )
+        )
+    responses = path.with_name("responses.jsonl")
+    if responses.is_file():
+        rows = [json.loads(line) for line in responses.read_text(encoding="utf-8").splitlines()]
+        answers = json_hash([[row["prompt"], row["response"]] for row in rows])
+        results += [
+            _same(f"the texts in {responses.name}", data["responses_sha256"], answers),
+            _same(
+                f"the costs in {responses.name}",
+                [row["cost"] for row in rows],
+                [row[0] for row in data["costs"]],
+            ),
+        ]
+    results.append(
+        Check(
+            "that no training stage saw a safety prompt",
+            "not checked",
+            "needs the prompts; the plan says with how many keys they were compared",
+        )
+    )
+    return results
+
+
+def _ledger(
+    record: Mapping[str, Any], path: Path, given: Path | None, state: Path | None
+) -> list[Check]:
+    """The chain, this test's lines, the δ it was granted, and the head that others remember."""
+    said = record["ledger"]
+    planned = record["plan"]["ledger"]
+    results = [
+        _same(
+            "the certificate's ledger is that of the plan",
+            {key: said[key] for key in planned},
+            planned,
+        )
+    ]
+    share = ledgers.granted_share(said["schedule"], said["test"])
+    granted = record["claim"]["error_probability"]
+    if not granted <= said["delta"] * share * (1 + 1e-12):
+        results.append(
+            Check("the δ that the ledger grants", "FAILED", f"used {granted}, granted {share}·δ")
+        )
+    file = given or path.parent / said["file"]
+    if not file.is_file():
+        detail = f"no {file}; name it with --ledger"
+        return [*results, Check("the ledger's chain", "not checked", detail)]
+    try:
+        ledger = ledgers.read(file, state)
+    except InputError as error:
+        return [*results, Check("the ledger's chain", "FAILED", str(error))]
+    results.append(Check("the ledger's chain", "ok", f"{len(ledger.lines)} lines"))
+    results.append(_same("it is the certificate's ledger", said["id"], ledger.identity))
+    hashes = [line["hash"] for line in ledger.lines]
+    results.append(
+        Check(
+            "the ledger holds the line by which the test was opened",
+            "ok" if said["line"] in hashes and planned["head"] in hashes else "FAILED",
+        )
+    )
+    test = ledger.find(record["plan_hash"])
+    if test is None:
+        return [*results, Check("the ledger knows this plan", "FAILED")]
+    results += [
+        _same("the number of the test", said["test"], test.number),
+        _same("the ledger's claim: δ", said["delta"], ledger.delta),
+        _same("the ledger's claim: schedule", said["schedule"], ledger.schedule),
+        _same("the ledger's verdict", test.verdict, record["verdict"]),
+        _same("the ledger names this certificate", test.certificate, record["hash"]),
+    ]
+    head = ledgers.remembered_head(ledger.identity, state)
+    results.append(
+        Check(
+            "the ledger's tail",
+            "ok" if head else "not checked",
+            "" if head else "this machine has not seen the ledger before",
+        )
+    )
+    return results
+
+
+def _policy(record: Mapping[str, Any], path: Path, given: Path | None) -> list[Check]:
+    """The shipped files are those that were tested, each of them and no other."""
+    folder = given or path.parent / "policy"
+    what = "the policy's files"
+    if not folder.is_dir():
+        detail = f"no {folder}; name it with --policy"
+        return [Check(what, "not checked", detail)]
+    said, found = record["plan"]["policy"]["files"], folder_hashes(folder)
+    differing = sorted(name for name in {*said, *found} if said.get(name) != found.get(name))
+    if differing:
+        return [Check(what, "FAILED", f"{folder}: differing {', '.join(differing)}")]
+    return [Check(what, "ok", f"{len(found)} files in {folder}")]
+
+
+# -- a table of costs ------------------------------------------------------------------------------
+
+
+def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check]:
+    """The order is the derived one; the table, where it is given, is the one that was judged."""
+    data = record["data"]
+    column = [row[0] for row in data["costs"]]
+    alike = all(cost == row[0] for row in data["costs"] for cost in row)
+    derived = [column[i] for i in retrospective_order(np.asarray(column))]
+    # Equal costs may change places: the order among them says nothing.
+    results = [
+        _same("the costs stand in the derived order", column, derived),
+        _same("every constraint judges the same costs", alike, True),
+    ]
+    if costs is None:
+        detail = "name the table with --costs"
+        return [*results, Check(f"the table {data['file']}", "not checked", detail)]
+    results.append(_same("the table's hash", data["file_sha256"], file_sha256(costs.path)))
+    results.append(_same("the table's costs", sorted(column), sorted(costs.costs.tolist())))
+    return results
+
+
+# -- schema 1 --------------------------------------------------------------------------------------
+
+
+def _verify_1(record: Mapping[str, Any]) -> list[Check]:
+    """Certificates of version 0.1: no ledger, no derived order that can be checked, no own hash."""
+    plan = record["plan"]
+    # In this schema a bound's "upper" is what was found, not the cap of the cost.
+    constraints = [Constraint.read(c) for c in plan["constraints"]]
+    samples = _samples(record)
+    judgements = cert.judge(constraints, samples)
+    old = ("estimand", "threshold", "delta", "safety_prompts", "bound", "bound_options")
+    results = [
+        _same("the hash of the plan", record["plan_hash"], json_hash(plan)),
+        _same(
+            "the bounds are those of the plan",
+            [{k: b[k] for k in old} for b in record["bounds"]],
+            [{k: c[k] for k in old} for c in plan["constraints"]],
+        ),
+        _same("n is the number of costs", record["data"]["n"], len(samples.keys)),
+        _same("every prompt stands once", len(samples.keys), len(set(samples.keys))),
+    ]
+    for said, judgement in zip(record["bounds"], judgements, strict=True):
+        right = _close(said["upper"], judgement.upper) and said["passed"] is judgement.passed
+        results.append(
+            Check(
+                f"{said['estimand']} <= {cert.plain(said['threshold'])}: {said['bound']}",
+                "ok" if right else "FAILED",
+                f"upper bound {cert.round_up(judgement.upper)}",
+            )
+        )
+    passed = "PASS" if all(j.passed for j in judgements) else "NO_SOLUTION_FOUND"
+    results.append(_same("the verdict follows from the costs", record["verdict"], passed))
+    reason = "schema 1 does not record it"
+    for what in (
+        "the words of the claim and the certificate's own hash",
+        "the derived order of the prompts",
+        "whether the safety set was looked at before (ledger)",
+        "the policy's files beside the adapter",
+    ):
+        results.append(Check(what, "not checked", reason))
+    return results
