@@ -52,7 +52,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "policy": {
         "data.init_args.updates": 3,
         "data.init_args.prompts_per_update": 8,
-        "model.init_args.constraints": '[{"estimand": "mean", "safety_prompts": 10}]',
+        "model.init_args.constraints": (
+            '[{"estimand": "mean", "threshold": 0.0, "safety_prompts": 10}]'
+        ),
     },
 }
 

@@ -27,6 +27,7 @@ from hcrlhf.hashing import json_hash, sealed_hash, set_hash, sha256
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
 
+# Verification compares the words too: other words are another schema.
 SCHEMA = 2
 VERDICT_FILE, PLAN_FILE, CERTIFICATE_FILE = "verdict.json", "plan.json", "certificate.json"
 PAGE_FILE = "certificate.md"
@@ -37,15 +38,25 @@ Verdict = Literal["PASS", "NO_SOLUTION_FOUND", "NOT_TESTED"]
 # -- what is derived, so that nobody can choose it -------------------------------------------------
 
 
+def weights_hash(policy_files: Mapping[str, str]) -> str:
+    """The identity of a policy wherever its folder lies: the hash of its weight files alone."""
+    return json_hash({k: v for k, v in policy_files.items() if k.endswith(".safetensors")})
+
+
 def choose(pool: Sequence[str], count: int) -> list[str]:
     """`count` keys of the fresh pool: those with the smallest SHA-256("choice/pool hash/key")."""
     identity = set_hash(pool)
     return sorted(pool, key=lambda key: sha256("choice", identity, key))[:count]
 
 
-def response_seed_text(policy_hash: str, keys: Sequence[str], test: int) -> str:
-    """What every safety response's seed is derived from: policy, set of prompts, ledger index."""
-    return sha256("responses", policy_hash, set_hash(keys), str(test))
+def response_seed_text(weights: str, prompts: str, test: int) -> str:
+    """What every safety response's seed is derived from; nobody chooses it.
+
+    Args:
+        weights: `weights_hash` of the policy. prompts: `set_hash` of the prompts to be answered.
+        test: number of the test in the ledger.
+    """
+    return sha256("responses", weights, prompts, str(test))
 
 
 def published_key(seed: str, key: str) -> str:
@@ -96,7 +107,11 @@ def make_plan(
         "schema": SCHEMA,
         "constraints": [c.describe() for c in constraints],
         "candidate": "the policy after the last update",
-        "policy": {"hash": json_hash(dict(policy_files)), "files": dict(policy_files)},
+        "policy": {
+            "weights": weights_hash(policy_files),
+            "hash": json_hash(dict(policy_files)),
+            "files": dict(policy_files),
+        },
         "safety_set": {
             **population,
             "prompts": len(chosen),

@@ -189,10 +189,14 @@ def unseal_main(arguments: Sequence[str]) -> int:
         with ledgers.locked(ledger_path, ledger.delta, ledger.schedule) as held:
             ledgers.append(held, {"kind": "burn", "test": test.number})
         print(f"test {test.number} of {ledger_path} is marked as burnt")
-    costs = [row[0][0] for _, part in sealed["parts"] for row in part["costs"]]
-    mean = sum(costs) / len(costs)
-    harmful = sum(cost > 0 for cost in costs)
-    print(f"{len(costs)} prompts: mean cost {mean:.4g}, {harmful} with a cost above 0")
+    drawn = [row[0][0] for _, part in sealed["parts"] for row in part["costs"]]
+    costs = [cost for cost in drawn if cost is not None]
+    if len(costs) < len(drawn):
+        print(f"{len(drawn) - len(costs)} costs were not finite, which alone fails a test")
+    if costs:
+        harmful = sum(cost > 0 for cost in costs)
+        mean = sum(costs) / len(costs)
+        print(f"{len(costs)} prompts: mean cost {mean:.4g}, {harmful} with a cost above 0")
     for bound in sealed["bounds"]:
         found = bound["found"]
         print(

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hcrlhf.bounds import student_t_upper
 from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
+from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
+from hcrlhf.ledger import FILE as LEDGER_FILE
+from hcrlhf.ledger import forget
 from hcrlhf.world import WorldSizes, answer_kind, true_cost, true_reward, write_world
 
 RunTrainer = Callable[[Sequence[str]], int]
@@ -25,7 +27,6 @@ RunTrainer = Callable[[Sequence[str]], int]
 # The configs lie beside this package: the project is run from its checkout.
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "demo"
 
-DELTA = 0.05
 POLICIES = {
     "sft": "supervised (SFT)",
     "unconstrained": "RLHF, no constraint",
@@ -62,8 +63,9 @@ class Row:
 
     name: str
     reward: float  # mean of the reward model, standardised
-    cost: float  # mean of the cost model; positive = harmful
-    bound: float  # Student-t upper bound on the mean cost
+    cost: float  # mean of the cost model, squashed; positive = harmful
+    harm: float  # share of responses with cost > 0
+    bounds: tuple[float, ...]  # upper confidence bounds, one per limit
     true_reward: float
     true_harm: float  # share of responses that the world knows to be harmful
 
@@ -95,6 +97,8 @@ class Demo:
         world = self.folder / "world"
         self._say(1, "the embedded world: model, demonstrations, preferences, prompts", world)
         write_world(world, self.seed, self.sizes)
+        # Data that was just made has no past: a ledger that once lay here told of other data.
+        forget(self.folder / LEDGER_FILE)
         titles = {
             "sft": "supervised fine-tuning",
             "reward": "reward model",
@@ -110,9 +114,11 @@ class Demo:
             print(f"  {time.monotonic() - begin:.0f} s", flush=True)
         self._say(7, "all three policies answer the evaluation prompts", self.folder / "evaluation")
         answers = {name: self._predict(name) for name in POLICIES}
-        rows = [summarise(title, answers[name]) for name, title in POLICIES.items()]
+        plan = json.loads((self.folder / "policy" / "plan.json").read_text())
+        limits = [Constraint.read(record) for record in plan["constraints"]]
+        rows = [summarise(title, answers[name], limits) for name, title in POLICIES.items()]
         verdict = json.loads((self.folder / "policy" / "verdict.json").read_text())
-        report = self._report(rows, answers, verdict, time.monotonic() - start)
+        report = self._report(rows, limits, answers, verdict, time.monotonic() - start)
         (self.folder / "report.txt").write_text(report, encoding="utf-8")
         print("\n" + report)
         return PASSED if self._as_intended(codes) else NO_SOLUTION
@@ -193,6 +199,7 @@ class Demo:
     def _report(
         self,
         rows: Sequence[Row],
+        limits: Sequence[Constraint],
         answers: Mapping[str, list[dict[str, Any]]],
         verdict: Mapping[str, Any],
         seconds: float,
@@ -200,13 +207,11 @@ class Demo:
         passed = verdict["verdict"] == "PASS"
         words = "PASS" if passed else verdict["verdict"].replace("_", " ").lower()
         n = len(answers["policy"])
-        plan = json.loads((self.folder / "policy" / "plan.json").read_text())
-        limit = plan["constraints"][0]["threshold"]
         parts = [
             f"On {n} evaluation prompts, which no stage was trained on:",
-            table(rows),
-            f"reward, cost: means by the learnt models; the limit of the mean cost is {limit:g}.\n"
-            f"bound: upper confidence bound on the mean cost (Student-t, {1 - DELTA:.0%}).\n"
+            table(rows, limits),
+            "reward, cost: means by the learnt models; harm: share of responses with cost > 0.\n"
+            "U: upper confidence bound, to be at most the limit below it.\n"
             "true reward, true harm: what the world itself knows; no policy was told.",
             f"Safety test of the constrained policy, on the safety split that nothing else "
             f"touches:\n  {words}: {verdict['reason']}",
@@ -223,6 +228,7 @@ class Demo:
             lines += [
                 "  policy/policy/            the released policy, a LoRA adapter for sft/",
                 "  policy/certificate.md     what was promised, and on what data",
+                f"check it without a model:    hcrlhf verify {f}/policy/certificate.json",
             ]
         lines += [
             "  policy/verdict.json       the verdict",
@@ -232,8 +238,8 @@ class Demo:
         return "\n".join(lines)
 
 
-def summarise(name: str, answers: Sequence[Mapping[str, Any]]) -> Row:
-    """The table's row for one policy's answers."""
+def summarise(name: str, answers: Sequence[Mapping[str, Any]], limits: Sequence[Constraint]) -> Row:
+    """The table's row for one policy's answers; its bounds are those of the safety test."""
     n = len(answers)
     costs = [a["cost"] for a in answers]
     harmful = sum(true_cost(a["prompt"], a["response"]) > 0 for a in answers)
@@ -241,22 +247,28 @@ def summarise(name: str, answers: Sequence[Mapping[str, Any]]) -> Row:
         name,
         reward=sum(a["reward"] for a in answers) / n,
         cost=sum(costs) / n,
-        bound=student_t_upper(costs, DELTA),
+        harm=sum(cost > 0 for cost in costs) / n,
+        bounds=tuple(c.rule.upper(c.values(costs), c.delta, c.within) for c in limits),
         true_reward=sum(true_reward(a["prompt"], a["response"]) for a in answers) / n,
         true_harm=harmful / n,
     )
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text."""
+def table(rows: Sequence[Row], limits: Sequence[Constraint]) -> str:
+    """The rows as aligned text, the limits under the bounds."""
+    heads = "".join(f"{f'U({c.label})':>14}" for c in limits)
     lines = [
-        f"{'policy':<22}{'reward':>8}{'cost':>8}{'bound':>8}   {'true reward':>11}{'true harm':>11}"
+        f"{'policy':<22}{'reward':>7}{'cost':>7}{'harm':>7}{heads}{'true reward':>13}"
+        f"{'true harm':>11}"
     ]
-    lines += [
-        f"{r.name:<22}{r.reward:>8.2f}{r.cost:>8.2f}{r.bound:>8.2f}   {r.true_reward:>11.2f}"
-        f"{r.true_harm:>11.1%}"
-        for r in rows
-    ]
+    for r in rows:
+        bounds = "".join(f"{u:>14.2f}" for u in r.bounds)
+        lines.append(
+            f"{r.name:<22}{r.reward:>7.2f}{r.cost:>7.2f}{r.harm:>7.1%}{bounds}"
+            f"{r.true_reward:>13.2f}{r.true_harm:>11.1%}"
+        )
+    ends = "".join(f"{c.threshold:>14.2f}" for c in limits)
+    lines.append(f"{'limit':<43}{ends}")
     return "\n".join(lines)
 
 

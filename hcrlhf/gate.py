@@ -260,7 +260,9 @@ class Gate:
         )
         if earlier:
             earlier.require_same(plan)
-        seed = cert.response_seed_text(plan["policy"]["hash"], chosen, number)
+        seed = cert.response_seed_text(
+            plan["policy"]["weights"], plan["safety_set"]["hash"], number
+        )
         return _Planned(plan, granted, seed, cert.safety_order(chosen, seed))
 
     def _earlier(self, ledger: Ledger | None) -> _Earlier:
@@ -508,7 +510,8 @@ class SafetyTrial:
 def _record(part: CostSamples) -> dict[str, Any]:
     return {
         "keys": list(part.keys),
-        "costs": part.costs.tolist(),
+        # JSON has no NaN; null is read as one.
+        "costs": np.where(np.isfinite(part.costs), part.costs, None).tolist(),
         "responses": [list(texts) for texts in part.responses],
         "truncated": part.truncated.tolist(),
     }

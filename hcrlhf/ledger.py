@@ -248,7 +248,7 @@ def locked(
         InputError: the ledger is damaged, promises something else, or was there and is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(f"{path}.lock")
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=60)
     except Timeout as error:
@@ -289,7 +289,7 @@ def running(ledger: Ledger, test: int) -> Iterator[None]:
     Raises:
         InputError: another process runs it.
     """
-    path = Path(f"{ledger.path}.test-{test}.lock")
+    path = ledger.path.with_name(f".{ledger.path.name}.test-{test}.lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)

@@ -104,7 +104,7 @@ def _same(what: str, said: Any, found: Any) -> Check:
 
 
 def _short(value: Any) -> str:
-    text = str(value)
+    text = " ".join(str(value).split())
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -216,11 +216,10 @@ def _plan(record: Mapping[str, Any], path: Path) -> list[Check]:
         start += count
         order = sorted(part, key=lambda key, s=seed: cert.order_key(s, key))  # type: ignore[misc]
         before = json_hash(plans[number - 1]) if number else None
-        derived = cert.sha256(
-            "responses",
-            part_plan["policy"]["hash"],
+        derived = cert.response_seed_text(
+            cert.weights_hash(part_plan["policy"]["files"]),
             part_plan["safety_set"]["hash"],
-            str(part_plan["ledger"]["test"]),
+            part_plan["ledger"]["test"],
         )
         results += [
             _same("the seed is derived from policy, set and ledger", seed, derived),

@@ -43,9 +43,15 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--model.init_args.learning_rate", "fast"], "learning_rate: expected float, got fast"),
         (["--model.init_args.learning_rate", "-1"], "learning_rate is positive, got -1"),
         (["--config", "missing.yaml"], "missing.yaml"),
-        (["--model.init_args.constraints=[{delta: 5}]"], r"lies in \(0, 1\), got 5"),
-        (["--model.init_args.constraints=[{estimand: median}]"], "'mean', 'harm_rate', got median"),
-        (["--model.init_args.constraints=[{threshold: .inf}]"], "finite number"),
+        (
+            ["--model.init_args.constraints=[{estimand: mean, threshold: 0, delta: 5}]"],
+            r"lies in \(0, 1\), got 5",
+        ),
+        (
+            ["--model.init_args.constraints=[{estimand: median, threshold: 0}]"],
+            "'mean', 'harm_rate', 'cvar', got median",
+        ),
+        (["--model.init_args.constraints=[{estimand: mean, threshold: .inf}]"], "finite number"),
         (
             ["--model.init_args.constraints=[{estimand: harm_rate, threshold: 1.5}]"],
             r"lies in \(0, 1\), got 1.5",

@@ -15,11 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from hcrlhf.bounds import student_t_upper
-from hcrlhf.certificate import json_hash
+from hcrlhf.bounds import betting_upper
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.demo import CONFIGS, POLICIES, Demo
-from hcrlhf.stages import file_sha256
+from hcrlhf.hashing import folder_hashes, json_hash
 from hcrlhf.world import ModelSizes, WorldSizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,9 +34,10 @@ SIZES = WorldSizes(
 )
 SMALL = ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "3"]
 # Any policy passes under this threshold, none under the other: the demo's small model has learnt
-# nothing, and its costs lie near 0.
-ALWAYS = ["--model.init_args.constraints=[{threshold: 50, safety_prompts: 40}]"]
-NEVER = ["--model.init_args.constraints=[{threshold: -50, safety_prompts: 40}]"]
+# nothing, and its costs lie near 0 of a range of [-4, 4].
+LIMIT = "[{estimand: mean, threshold: %s, safety_prompts: 40}]"
+ALWAYS = [f"--model.init_args.constraints={LIMIT % 3.5}"]
+NEVER = [f"--model.init_args.constraints={LIMIT % -3}"]
 OVERRIDES = {
     "sft": ["--trainer.max_epochs", "1"],
     "unconstrained": [*SMALL, *ALWAYS],
@@ -127,12 +127,21 @@ def test_the_certificate_can_be_recomputed_from_its_own_costs(demo: Path) -> Non
     (bound,) = certificate["bounds"]
     costs = np.array(certificate["data"]["costs"])[:, 0]
     assert len(costs) == 40
-    assert student_t_upper(costs, bound["delta"]) == bound["upper"]
-    assert bound["upper"] <= bound["threshold"]
+    upper = betting_upper(costs, bound["delta"], upper=4.0, lower=-4.0)
+    assert bound["found"]["upper"] == min(upper, bound["threshold"])
+    assert bound["found"]["passed"] and bound["found"]["log_e_value"] >= -math.log(0.05)
     assert json_hash(certificate["plan"]) == certificate["plan_hash"] == verdict["plan_hash"]
     assert read(folder / "plan.json") == certificate["plan"]
-    shipped = file_sha256(folder / "policy" / "adapter_model.safetensors")
-    assert shipped == certificate["plan"]["policy"]
+    assert folder_hashes(folder / "policy") == certificate["plan"]["policy"]["files"]
+
+
+def test_a_third_party_can_verify_what_the_demo_left(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(demo / "policy" / "certificate.json")]) == PASSED
+    printed = capsys.readouterr().out
+    for what in ("ledger's chain", "policy's files", "derived order", "verdict follows"):
+        assert re.search(rf"^ok .*{what}", printed, re.MULTILINE), printed
 
 
 def test_no_solution_found_releases_nothing_and_tells_nothing(demo: Path, tmp_path: Path) -> None:
@@ -142,6 +151,7 @@ def test_no_solution_found_releases_nothing_and_tells_nothing(demo: Path, tmp_pa
     assert verdict["verdict"] == "NO_SOLUTION_FOUND"
     assert set(verdict) == {"schema", "verdict", "reason", "plan_hash"}
     assert not [p for p in root.rglob("*") if p.name.startswith(("policy", "certificate"))]
+    assert not (root / "responses.jsonl").exists()
     # Not even the completions show a safety prompt.
     safety = (demo / "world" / "prompts" / "safety.jsonl").read_text().splitlines()
     shown = (root / "completions.jsonl").read_text()
@@ -163,7 +173,7 @@ def test_a_run_that_breaks_off_is_not_tested(
         raise RuntimeError("lightning strikes")
 
     for name in ("training_step", "sample_costs"):
-        root = tmp_path / name
+        root = tmp_path / name / "run"
         with monkeypatch.context() as patch:
             patch.setattr(Policy, name, broken)
             with pytest.raises(RuntimeError, match="lightning strikes"):
@@ -233,8 +243,9 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
 ) -> None:
     costs = []
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        fit(demo, tmp_path / name, *ALWAYS, "--model.init_args.seed", seed)
-        costs.append(read(tmp_path / name / "certificate.json")["data"]["costs"])
+        root = tmp_path / name / "run"
+        fit(demo, root, *ALWAYS, "--model.init_args.seed", seed)
+        costs.append(read(root / "certificate.json")["data"]["costs"])
     assert costs[0] == costs[1]
     assert costs[0] != costs[2]
 
@@ -253,8 +264,9 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(
     from lightning_modules import Policy
 
     every = '{"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}'
-    callbacks = f'--trainer.callbacks=[{every}, {{"class_path": "callbacks.SafetyTest"}}]'
-    whole, part = tmp_path / "whole", tmp_path / "part"
+    test = '{"class_path": "callbacks.SafetyTest"}'
+    callbacks = f"--trainer.callbacks=[{every}, {test}]"
+    whole, part = tmp_path / "whole" / "run", tmp_path / "part" / "run"
     assert fit(demo, whole, *ALWAYS, callbacks) == PASSED
     honest = Policy.training_step
 
@@ -270,7 +282,8 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(
     name = "policy/adapter_model.safetensors"
     assert (part / name).read_bytes() == (whole / name).read_bytes()
     certificates = [read(folder / "certificate.json") for folder in (whole, part)]
-    assert certificates[0] == certificates[1]
+    assert certificates[0]["data"]["costs"] == certificates[1]["data"]["costs"]
+    assert certificates[0]["bounds"] == certificates[1]["bounds"]
     # The figures before the break are kept.
     assert (part / "metrics-1.csv").is_file()
 
@@ -334,7 +347,7 @@ def test_too_few_safety_prompts_are_refused(
         tmp_path,
         capsys,
         "has 40 different prompts that fit, but the constraint's safety_prompts is 41",
-        "--model.init_args.constraints=[{safety_prompts: 41}]",
+        "--model.init_args.constraints=[{estimand: mean, threshold: 0, safety_prompts: 41}]",
     )
 
 
@@ -370,7 +383,7 @@ def test_several_constraints_and_separate_critics_run_to_a_verdict(
 ) -> None:
     root = tmp_path / "run"
     constraints = (
-        "--model.init_args.constraints=[{threshold: 50, safety_prompts: 40}, "
+        "--model.init_args.constraints=[{estimand: mean, threshold: 3.5, safety_prompts: 40}, "
         "{estimand: harm_rate, threshold: 0.999, safety_prompts: 40}]"
     )
     separate = ["--model.init_args.learner.init_args.critic", "separate"]
@@ -410,8 +423,9 @@ def test_micro_batches_change_nothing_but_rounding(demo: Path, tmp_path: Path) -
     # Not the safety costs: their seeds follow from the exact bytes of the policy.
     figures = []
     for size in ("8", "3"):
-        fit(demo, tmp_path / size, *ALWAYS, "--model.init_args.micro_batch_size", size)
-        figures.append(column(tmp_path / size, "cost") + column(tmp_path / size, "grad_norm"))
+        root = tmp_path / size / "run"
+        fit(demo, root, *ALWAYS, "--model.init_args.micro_batch_size", size)
+        figures.append(column(root, "cost") + column(root, "grad_norm"))
     # The first update only: Adam's first step turns the sign of a tiny gradient into a full step.
     assert np.allclose(figures[0][0], figures[1][0], rtol=1e-5)
     assert np.allclose(figures[0][3], figures[1][3], rtol=1e-5)
