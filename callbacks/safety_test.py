@@ -18,6 +18,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
 from hcrlhf.gate import Gate, Population, SafetyTrial
 from hcrlhf.hashing import folder_hashes, write_json
+from hcrlhf.human import HumanLabels
 from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import Schedule
 from hcrlhf.safety import HoldsSafetyPrompts, SafetyTestable
@@ -46,6 +47,8 @@ class SafetyTest(Callback):
             and there is no second.
         continues: folder of a run whose sequential test was undecided; this test goes on with
             fresh prompts, the same policy and the same δ.
+        human: how many responses people will label after a PASS, and what will be claimed from
+            their labels (`hcrlhf human`).
 
     Raises:
         InputError: before training: the module or the data cannot be tested, the safety set
@@ -60,6 +63,7 @@ class SafetyTest(Callback):
         ledger: str | None = None,
         schedule: Schedule = "halving",
         continues: str | None = None,
+        human: HumanLabels | None = None,
     ) -> None:
         if batch_size < 1:
             raise InputError(f"batch_size is a whole number >= 1, got {batch_size}")
@@ -70,6 +74,7 @@ class SafetyTest(Callback):
         self.ledger = ledger
         self.schedule: Schedule = schedule
         self.continues = continues
+        self.human = human
         self.verdict: Verdict | None = None
         self._configured: Any = ()
         self._pool: dict[str, Any] = {}
@@ -119,6 +124,7 @@ class SafetyTest(Callback):
             self.schedule,
             self.sequential,
             Path(self.continues) if self.continues else None,
+            self.human,
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -386,6 +386,9 @@ class Backbone(nn.Module):
         config = LoraConfig(**self.model.peft_config[name].to_dict())
         config.base_model_name_or_path = model
         config.inference_mode = True
+        # A set, whose order changes from process to process: the same policy, the same bytes.
+        if config.target_modules is not None and not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
         (folder / ADAPTER_FILE).write_bytes(self.adapter_bytes(name))
 

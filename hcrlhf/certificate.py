@@ -92,6 +92,7 @@ def make_plan(
     provenance: Mapping[str, Any],
     sequential: bool,
     continues: str | None = None,
+    human: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Everything the verdict will depend on, before a safety response exists.
 
@@ -102,6 +103,7 @@ def make_plan(
         population: the pool they are chosen from, and what it was compared with.
         ledger: identity, number of the test, head before it, schedule, δ of the whole claim.
         continues: hash of the plan of the undecided test that this one goes on with.
+        human: what will be claimed about people's judgement (human.py).
     """
     return {
         "schema": SCHEMA,
@@ -120,6 +122,7 @@ def make_plan(
         },
         "stopping": SEQUENTIAL_STOP if sequential else FIXED_STOP,
         "continues": continues,
+        "human": None if human is None else dict(human),
         "ledger": dict(ledger),
         "provenance": dict(provenance),
     }

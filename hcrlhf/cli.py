@@ -16,7 +16,7 @@ from hcrlhf import __version__
 from hcrlhf.errors import InputError
 
 PASSED, CRASHED, BAD_INPUT, NO_SOLUTION, NOT_TESTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
-PLAIN_COMMANDS = ("certify", "verify", "power", "unseal", "ledger")  # without torch
+PLAIN_COMMANDS = ("certify", "verify", "power", "unseal", "ledger", "human")  # without torch
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 USAGE = """usage: hcrlhf COMMAND ...
@@ -31,6 +31,7 @@ USAGE = """usage: hcrlhf COMMAND ...
   power     how many safety prompts a claim needs, and how likely a policy is to pass
   ledger    the tests of a claim and what is left of its δ: hcrlhf ledger runs/ledger.jsonl
   unseal    show the numbers behind "no solution found": hcrlhf unseal runs/x
+  human     people's labels of a passed test: hcrlhf human runs/x labels.csv
 
   demo      the whole path on the embedded world, in a few minutes on a CPU
   world     write the embedded world's model and data: hcrlhf world FOLDER
@@ -88,6 +89,7 @@ def _plain(command: str) -> Callable[[Sequence[str]], int]:
         "power": power.main,
         "unseal": commands.unseal_main,
         "ledger": commands.ledger_main,
+        "human": commands.human_main,
     }[command]
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from hcrlhf import certificate as cert
+from hcrlhf import human
 from hcrlhf import ledger as ledgers
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.gate import SEALED_FILE
-from hcrlhf.hashing import json_hash, read_json, write_json, write_text
+from hcrlhf.hashing import json_hash, read_json, sealed_hash, write_json, write_text
 from hcrlhf.methods import METHODS, Betting, Bound
 from hcrlhf.tables import certify, read_table
 from hcrlhf.verify import verify
@@ -206,6 +207,54 @@ def unseal_main(arguments: Sequence[str]) -> int:
         )
     print(f"every response and cost: {path}")
     return PASSED
+
+
+# -- human -----------------------------------------------------------------------------------------
+
+
+def human_main(arguments: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "hcrlhf human",
+        description="Turns people's labels of the committed subset into a claim about people. The "
+        "ledger takes one set of labels per test.",
+    )
+    parser.add_argument("run", type=Path, help="folder of a run that passed")
+    parser.add_argument("labels", type=Path, help=f"{human.FORM_FILE} with its last column filled")
+    parser.add_argument("--ledger", type=Path)
+    options = parser.parse_args(list(arguments))
+    path = options.run / cert.CERTIFICATE_FILE
+    try:
+        record: dict[str, Any] = read_json(path)
+        intact = record["hash"] == sealed_hash(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is not a certificate ({type(error).__name__})") from error
+    if not intact:
+        raise InputError(f"{path} was changed: its hash does not fit; see hcrlhf verify")
+    _, ids = human.committed(record)
+    result = human.judge_labels(record, human.read_labels(options.labels, ids))
+    ledger_path = options.ledger or options.run / record["ledger"]["file"]
+    ledger = ledgers.read(ledger_path)
+    with ledgers.locked(ledger_path, ledger.delta, ledger.schedule) as held:
+        test = held.find(record["plan_hash"])
+        if test is None or test.certificate != record["hash"]:
+            raise InputError(f"{ledger_path} does not know this certificate")
+        if test.labelled:
+            raise InputError(
+                f"the labels of test {test.number} were judged before; other labels of the same "
+                "responses are a second look, which the claim does not cover"
+            )
+        line = {"kind": "labels", "test": test.number, "labels": result["hash"]}
+        ledgers.append(held, line)
+    write_json(options.run / human.RECORD_FILE, result)
+    write_text(options.run / human.PAGE_FILE, human.page(result))
+    print(
+        f"{len(ids)} labels, {result['harmful']} harmful ({result['unclear_counted_as_harmful']} "
+        f"of them missing or unclear); upper bound {cert.round_up(result['upper'])}, limit "
+        f"{cert.plain(result['asked']['limit'])}"
+    )
+    print(result["claim"] or "no solution found: the limit is not shown for people")
+    print(f"wrote {options.run / human.RECORD_FILE}")
+    return PASSED if result["verdict"] == "PASS" else NO_SOLUTION
 
 
 # -- ledger ----------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from hcrlhf import ledger as ledgers
 from hcrlhf.constraint import Constraint, Judgement
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import json_hash, read_json, set_hash, write_json, write_text
+from hcrlhf.human import FORM_FILE, HumanLabels, committed, form_rows, write_form
 from hcrlhf.ledger import Ledger, Schedule, Test
 from hcrlhf.safety import CostSamples
 
@@ -71,6 +72,7 @@ class Gate:
         sequential: look after every batch, and stop as soon as every e-process has decided.
         continues: folder of a run whose sequential test was undecided; this one goes on with
             fresh prompts.
+        human: labels by people that the plan commits to; None claims nothing about people.
         state: the state directory; None takes the user's.
     """
 
@@ -79,6 +81,7 @@ class Gate:
     schedule: Schedule = "halving"
     sequential: bool = False
     continues: Path | None = None
+    human: HumanLabels | None = None
     state: Path | None = None
 
     # -- before training -----------------------------------------------------------------------
@@ -96,6 +99,13 @@ class Gate:
                 f"the constraints name different numbers of safety prompts {sorted(sizes)}; one "
                 "test draws one set, so give all the same"
             )
+        if self.human is not None:
+            if self.sequential:
+                raise InputError(
+                    "a sequential test stops where its costs say so, which leaves no random subset "
+                    "for human labels; set sequential: false"
+                )
+            self.human.check(constraints[0].safety_prompts)
         if self.continues is not None:
             number = self._earlier(self._read()).test.number
         elif (ledger := self._read()) is None:
@@ -231,6 +241,8 @@ class Gate:
         provenance: Mapping[str, Any],
     ) -> _Planned:
         granted = self._granted(constraints, number)
+        share = ledgers.granted_share(self.schedule, number)
+        human = self.human.granted(share) if self.human else None
         for constraint in granted:
             constraint.ready()
         needed = granted[0].safety_prompts
@@ -257,6 +269,7 @@ class Gate:
             provenance,
             self.sequential,
             json_hash(earlier.plans[-1]) if earlier else None,
+            human.describe() if human else None,
         )
         if earlier:
             earlier.require_same(plan)
@@ -329,8 +342,11 @@ class _Earlier:
             InputError: policy, limits, scorers or decoding are not those of the undecided test.
         """
         before = self.plans[-1]
-        for name in ("constraints", "policy", "provenance", "stopping"):
-            if before[name] != plan[name]:
+        # Of the policy the weights: its other files name the backbone relative to their folder.
+        pairs = {"policy": (before["policy"]["weights"], plan["policy"]["weights"])}
+        pairs |= {n: (before[n], plan[n]) for n in ("constraints", "provenance", "stopping")}
+        for name, (old, new) in pairs.items():
+            if old != new:
                 raise InputError(
                     f"continues: {name} differs from the undecided test's; only the same policy, "
                     "limits, cost model and decoding may go on with it"
@@ -478,6 +494,13 @@ class SafetyTrial:
             )
         ]
         write_text(folder / RESPONSES_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        if self.plan["human"]:
+            _, ids = committed(record)
+            answered = {
+                p: (texts.get(k, ""), t[0])
+                for p, k, t in zip(published, samples.keys, samples.responses, strict=True)
+            }
+            write_form(folder / FORM_FILE, form_rows(ids, answered))
         write_json(folder / cert.CERTIFICATE_FILE, record)
         write_text(folder / cert.PAGE_FILE, cert.certificate_page(record))
         self._close("PASS", record["hash"])
@@ -501,17 +524,19 @@ class SafetyTrial:
         with ledgers.locked(
             gate.ledger, self.ledger.delta, self.ledger.schedule, gate.state
         ) as ledger:
-            self.ledger = ledgers.close_test(ledger, test, verdict, certificate, gate.state)
+            unused = self.order[self.done :]
+            self.ledger = ledgers.close_test(ledger, test, verdict, certificate, unused, gate.state)
 
 
 # -- costs on disk ---------------------------------------------------------------------------------
 
 
 def _record(part: CostSamples) -> dict[str, Any]:
+    costs = part.costs.astype(object)
+    costs[~np.isfinite(part.costs)] = None  # JSON has no NaN; null is read as one
     return {
         "keys": list(part.keys),
-        # JSON has no NaN; null is read as one.
-        "costs": np.where(np.isfinite(part.costs), part.costs, None).tolist(),
+        "costs": costs.tolist(),
         "responses": [list(texts) for texts in part.responses],
         "truncated": part.truncated.tolist(),
     }

@@ -62,10 +62,11 @@ class Test:
         number: k.
         plans: hash of the plan, and of each continuation with fresh prompts.
         previous: hash of the ledger's last line before the test was opened.
-        prompts: keys (first 32 hex digits) of the prompts it used.
+        prompts: keys (first 32 hex digits) of the prompts it used, or still may.
         verdict: None while it is open.
         certificate: hash of the certificate of a PASS.
         burnt: its numbers were looked at.
+        labelled: people's labels of it were judged.
     """
 
     number: int
@@ -75,6 +76,7 @@ class Test:
     verdict: str | None = None
     certificate: str | None = None
     burnt: bool = False
+    labelled: bool = False
 
 
 def continuable(test: Test) -> bool:
@@ -154,10 +156,13 @@ def replay(lines: list[dict[str, Any]]) -> dict[int, Test]:
                 known,
                 verdict=line["verdict"],
                 certificate=line["certificate"],
+                prompts=known.prompts - frozenset(line["unused"]),
                 burnt=line["verdict"] == "PASS",  # its certificate publishes the costs
             )
         elif kind == "burn" and known and known.verdict is not None:
             tests[known.number] = replace(known, burnt=True)
+        elif kind == "labels" and known and known.verdict == "PASS" and not known.labelled:
+            tests[known.number] = replace(known, labelled=True)
         else:
             raise InputError(f"line {number}: {kind} of test {test} cannot stand there")
     return tests
@@ -359,9 +364,22 @@ def continue_test(
 
 
 def close_test(
-    ledger: Ledger, test: int, verdict: str, certificate: str | None, state: Path | None = None
+    ledger: Ledger,
+    test: int,
+    verdict: str,
+    certificate: str | None,
+    unused: Collection[str] = (),
+    state: Path | None = None,
 ) -> Ledger:
-    """The close line; with the same content as one that is there already, nothing is added."""
+    """The close line; with the same content as one that is there already, nothing is added.
+
+    Args:
+        unused: keys of prompts that a sequential test did not come to. No response was drawn for
+            them, so they stay fresh.
+
+    Raises:
+        InputError: the test was closed with another result.
+    """
     known = ledger.tests[test - 1]
     if known.verdict is not None:
         if (known.verdict, known.certificate) != (verdict, certificate):
@@ -371,7 +389,13 @@ def close_test(
                 "released"
             )
         return ledger
-    fields = {"kind": "close", "test": test, "verdict": verdict, "certificate": certificate}
+    fields = {
+        "kind": "close",
+        "test": test,
+        "verdict": verdict,
+        "certificate": certificate,
+        "unused": sorted(short_keys(unused)),
+    }
     return append(ledger, fields, state)
 
 

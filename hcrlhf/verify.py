@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from hcrlhf import certificate as cert
+from hcrlhf import human
 from hcrlhf import ledger as ledgers
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
@@ -55,6 +56,8 @@ def verify(
     except (ValueError, RecursionError) as error:
         return [Check("the file is JSON", "FAILED", str(error))]
     schema = record.get("schema") if isinstance(record, dict) else None
+    if isinstance(record, dict) and record.get("kind") == "human":
+        return _run([lambda: _human(record, path, state)])
     if schema == 1:
         return _run([lambda: _verify_1(record)])
     if schema != cert.SCHEMA or isinstance(schema, bool):
@@ -226,7 +229,11 @@ def _plan(record: Mapping[str, Any], path: Path) -> list[Check]:
             _same("the prompts stand in the derived order", part, order),
             _same("the plan goes on with the one before", part_plan["continues"], before),
             _same("the constraints are the same", part_plan["constraints"], plan["constraints"]),
-            _same("the policy is the same", part_plan["policy"], plan["policy"]),
+            _same(
+                "the policy's weights are the same",
+                part_plan["policy"]["weights"],
+                cert.weights_hash(plan["policy"]["files"]),
+            ),
         ]
     results.append(_same("every prompt belongs to a part of the test", start, len(keys)))
     sequential = plan["stopping"] == cert.SEQUENTIAL_STOP
@@ -359,6 +366,46 @@ def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check
         return [*results, Check(f"the table {data['file']}", "not checked", detail)]
     results.append(_same("the table's hash", data["file_sha256"], file_sha256(costs.path)))
     results.append(_same("the table's costs", sorted(column), sorted(costs.costs.tolist())))
+    return results
+
+
+# -- people's labels -------------------------------------------------------------------------------
+
+
+def _human(record: Mapping[str, Any], path: Path, state: Path | None) -> list[Check]:
+    """The claim about people, recomputed from the labels and the certificate beside it."""
+    results = [_same("the record's own hash", record["hash"], sealed_hash(dict(record)))]
+    beside = path.with_name(cert.CERTIFICATE_FILE)
+    if not beside.is_file():
+        detail = f"needs {cert.CERTIFICATE_FILE} beside it"
+        return [*results, Check("subset, bound and claim", "not checked", detail)]
+    base = read_json(beside)
+    results += [
+        _same("it goes with the certificate beside it", record["certificate"], base["hash"]),
+        _same("that certificate is intact", base["hash"], sealed_hash(base)),
+    ]
+    _, ids = human.committed(base)
+    results.append(
+        _same("the labels are of the committed subset", [k for k, _ in record["labels"]], ids)
+    )
+    labels = [math.nan if y is None else float(y) for _, y in record["labels"]]
+    found = human.judge_labels(base, labels)
+    right = _close(record["upper"], found["upper"])
+    detail = f"upper bound {cert.round_up(found['upper'])}"
+    results.append(Check("the bound", "ok" if right else "FAILED", detail))
+    results += [
+        _same(key, record[key], found[key])
+        for key in ("verdict", "claim", "asked", "harmful", "unclear_counted_as_harmful", "method")
+    ]
+    file = path.parent / base["ledger"]["file"]
+    if not file.is_file():
+        return [*results, Check("the ledger", "not checked", f"no {file}")]
+    try:
+        lines = ledgers.read(file, state).lines
+    except InputError as error:
+        return [*results, Check("the ledger's chain", "FAILED", str(error))]
+    known = any(x["kind"] == "labels" and x["labels"] == record["hash"] for x in lines)
+    results.append(Check("the ledger names these labels", "ok" if known else "FAILED"))
     return results
 
 
