@@ -770,8 +770,8 @@ def report(found: Row, command: str) -> str:
         "## 2. A subset picked by hand",
         "",
         "Somebody labels the pairs that look worth it: a *clear* case lies in the half with the "
-        "larger \\|gap\\| (the lower f), a *close* one in the other half; L4 are the pairs of which "
-        "one response is safe and the other is not. The preferred kind is picked so many times as "
+        "larger \\|gap\\| (the lower f), a *close* one in the other half; L4 are the pairs of "
+        "which one response is safe and the other is not. The preferred kind is picked so many times as "
         "readily as the rest. The code cannot notice. The truth is that of all pairs, "
         f"{found['rate']:.4f}. Pairs are drawn with replacement, the unlabelled ones at random.",
         "",
@@ -779,8 +779,8 @@ def report(found: Row, command: str) -> str:
         "",
         "Preferring close cases errs on the safe side here only because the model is wrong more "
         "often where it is unsure. Where the preference is one for \\|gap\\| itself the judge sees "
-        "it and takes most of the bias back; of one for a stratum it sees a part. What either bound "
-        "promises is void in every line but the first two.",
+        "it and takes most of the bias back; of one for a stratum it sees a part. What either "
+        "bound promises is void in every line but the first two.",
         "",
         "## 3. Design weights",
         "",

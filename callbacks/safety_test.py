@@ -129,6 +129,10 @@ class SafetyTest(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare(trainer, pl_module)
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        if cast(SafetyTestable, pl_module).updates >= data.updates:
+            # A resumed run whose training is finished: no epoch begins, so none will end.
+            self.run(trainer, pl_module)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._prepare(trainer, pl_module)

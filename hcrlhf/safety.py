@@ -44,6 +44,7 @@ class SafetyTestable(Protocol):
     """What the safety test needs of a module: draw, score, say what was promised, ship."""
 
     constraints: tuple[Constraint, ...]
+    updates: int  # done so far
 
     def sample_costs(self, batch: Any, seed: str) -> CostSamples:
         """One response per prompt of the batch, seeded by `seed` and the prompt's key."""
@@ -64,6 +65,8 @@ class SafetyTestable(Protocol):
 @runtime_checkable
 class HoldsSafetyPrompts(Protocol):
     """What the safety test needs of a data module."""
+
+    updates: int  # of the whole run
 
     @property
     def safety_prompts(self) -> list[Prompt] | None:

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from hcrlhf.bounds import ClopperPearson, StudentT, clopper_pearson_upper
+from hcrlhf.bounds import clopper_pearson_upper, tail_costs
 from hcrlhf.constraint import (
     Constraint,
     RunningVariance,
+    bootstrap_pessimism,
     harm_rate_target,
     pairwise_spread,
     pessimistic_costs,
@@ -25,10 +27,40 @@ from hcrlhf.constraint import (
     violation,
 )
 from hcrlhf.errors import InputError
+from hcrlhf.methods import (
+    Betting,
+    Bound,
+    ClopperPearson,
+    EmpiricalBernstein,
+    EProcess,
+    HallT,
+    Hoeffding,
+    HoeffdingBentkus,
+    Range,
+    StudentT,
+)
 
 seeded = settings(deadline=None, derandomize=True, max_examples=50)
 
 cost_vectors = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+
+
+def student(threshold: float = 0.0, **settings_given: Any) -> Constraint:
+    """A mean judged as in the paper."""
+    return Constraint("mean", threshold, bound=StudentT(), **settings_given)
+
+
+def capped(threshold: float = 0.0, **settings_given: Any) -> Constraint:
+    """A mean of a cost that lies in [-4, 4], as that of a squashed cost model."""
+    return Constraint("mean", threshold, **{"lower": -4.0, "upper": 4.0} | settings_given)
+
+
+def refusal(call: Callable[[], object]) -> str:
+    """The message with which `call` refuses: one line."""
+    with pytest.raises(InputError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def different_prompts(n: int) -> list[str]:
@@ -210,12 +242,10 @@ def test_a_policy_at_its_pessimistic_target_passes_as_often_as_promised(
     delta: float, miss: float
 ) -> None:
     n, repeats, threshold, std = 200, 5000, 0.7, 3.0
-    pessimism = Constraint(
-        delta=delta, miss_probability=miss, safety_prompts=n
-    ).training_pessimism()
+    pessimism = student(delta=delta, miss_probability=miss, safety_prompts=n).training_pessimism()
     mean = threshold - pessimism * std
     costs = np.random.default_rng(1).normal(mean, std, size=(repeats, n))
-    constraint = Constraint(threshold=threshold, delta=delta, safety_prompts=n)
+    constraint = student(threshold, delta=delta, safety_prompts=n)
     passed = [constraint.judge(row).passed for row in costs]
     tolerance = 4 * math.sqrt(miss * (1 - miss) / repeats)
     assert np.mean(passed) == pytest.approx(1 - miss, abs=tolerance)
@@ -240,20 +270,23 @@ def test_constraints_that_must_pass_together_share_the_miss_probability(estimand
 
 
 def test_the_miss_probability_is_delta_unless_it_is_said() -> None:
-    assert Constraint(delta=0.03).miss == 0.03
-    assert Constraint(delta=0.03, miss_probability=0.4).miss == 0.4
-    assert Constraint(delta=0.03).training_pessimism() == seldonian_pessimism(500, 0.03, 0.03)
+    assert student(delta=0.03).miss == 0.03
+    assert student(delta=0.03, miss_probability=0.4).miss == 0.4
+    assert student(delta=0.03).training_pessimism() == seldonian_pessimism(500, 0.03, 0.03)
 
 
 def test_a_fixed_pessimism_is_taken_as_it_is() -> None:
+    recent = np.random.default_rng(0).normal(size=50)
     for pessimism in (0.0, 1.5):
-        assert Constraint(pessimism=pessimism).training_pessimism(3) == pessimism
+        for build in (student, capped):
+            fixed = build(pessimism=pessimism)
+            assert fixed.training_pessimism(3) == fixed.training_pessimism(3, recent) == pessimism
 
 
 def test_a_mean_aims_at_its_threshold_and_a_harm_rate_has_no_pessimism() -> None:
-    assert Constraint(threshold=-0.3).training_target() == -0.3
+    assert student(-0.3).training_target() == capped(-0.3).training_target() == -0.3
     rate = Constraint("harm_rate", threshold=0.1)
-    assert rate.training_pessimism() == 0.0
+    assert rate.training_pessimism() == rate.training_pessimism(2, [-1.0, 2.0, 3.0]) == 0.0
     assert 0 < rate.training_target() < 0.1
 
 
@@ -264,7 +297,7 @@ def test_a_mean_aims_at_its_threshold_and_a_harm_rate_has_no_pessimism() -> None
 def test_the_harm_rate_target_where_no_harm_at_all_is_allowed(miss: float) -> None:
     # 59 prompts show 5% only without any harm, which happens with (1 - p)^59 = 1 - miss.
     expected = 1 - (1 - miss) ** (1 / 59)
-    assert harm_rate_target(0.05, 59, 0.05, miss) == pytest.approx(expected, rel=1e-10)
+    assert harm_rate_target(ClopperPearson(), 0.05, 59, 0.05, miss) == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize(("limit", "n"), [(0.05, 59), (0.1, 300), (0.5, 20), (0.9, 2000)])
@@ -272,7 +305,7 @@ def test_the_harm_rate_target_where_no_harm_at_all_is_allowed(miss: float) -> No
 def test_at_the_harm_rate_target_the_binomial_passes_with_one_minus_the_miss_probability(
     limit: float, n: int, miss: float
 ) -> None:
-    target = harm_rate_target(limit, n, 0.05, miss)
+    target = harm_rate_target(ClopperPearson(), limit, n, 0.05, miss)
     uppers = np.array([clopper_pearson_upper(h, n, 0.05) for h in range(n + 1)])
     chance = stats.binom.pmf(np.arange(n + 1), n, target)[uppers <= limit].sum()
     assert chance == pytest.approx(1 - miss, abs=1e-9)
@@ -325,7 +358,11 @@ def test_an_impossible_limit_is_refused_with_the_number_of_prompts_that_is_neede
 
 
 @pytest.mark.parametrize(
-    "build", [lambda u: Constraint(threshold=u, safety_prompts=5, delta=0.1),
+    "build", [lambda u: student(u, safety_prompts=5, delta=0.1),
+              lambda u: student(u, safety_prompts=5, delta=0.1, lower=-4.0, upper=4.0),
+              lambda u: replace(student(u, safety_prompts=5, delta=0.1), bound=HallT()),
+              lambda u: replace(student(u, safety_prompts=5, delta=0.1), bound=Hoeffding(),
+                                lower=-2.0, upper=1.0),
               lambda u: Constraint("harm_rate", threshold=u, safety_prompts=5, delta=0.1)]
 )  # fmt: skip
 def test_a_bound_equal_to_its_threshold_passes_and_the_next_number_above_does_not(
@@ -340,28 +377,34 @@ def test_a_bound_equal_to_its_threshold_passes_and_the_next_number_above_does_no
 
 def test_the_verdict_of_a_mean_is_that_of_its_bound_and_not_of_the_mean() -> None:
     costs = [-1.0, 0.0, 0.5]  # mean -1/6, bound 1.1
-    assert not Constraint(threshold=0.0, safety_prompts=3).judge(costs).passed
-    assert Constraint(threshold=1.2, safety_prompts=3).judge(costs).passed
+    assert not student(0.0, safety_prompts=3).judge(costs).passed
+    assert student(1.2, safety_prompts=3).judge(costs).passed
 
 
 def test_the_bound_of_a_constraint_can_be_replaced() -> None:
-    constraint = Constraint(bound=StudentT(), safety_prompts=4)
-    assert constraint.judge([1, 2, 3, 4]).upper == pytest.approx(4.019, abs=1e-3)
+    assert student(safety_prompts=4).judge([1, 2, 3, 4]).upper == pytest.approx(4.019, abs=1e-3)
+    # x̄ + 8 √(ln 20 / 8)
+    hoeffding = Constraint("mean", 3.0, 0.05, 40, Hoeffding(), lower=-4.0, upper=4.0)
+    expected = 1.5 + 8 * math.sqrt(math.log(20) / 80)
+    assert hoeffding.judge(np.tile([0.0, 1.0, 2.0, 3.0], 10)).upper == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
+@pytest.mark.parametrize("estimand", ["mean", "harm_rate", "cvar"])
 @pytest.mark.parametrize("count", [1, 100])
 def test_costs_that_are_not_finite_are_never_judged(estimand: Any, bad: float, count: int) -> None:
-    constraint = Constraint(estimand, threshold=0.9, safety_prompts=100)
+    tail = {"alpha": 0.1, "eta": -1.0} if estimand == "cvar" else {}
+    constraint = Constraint(estimand, threshold=0.9, safety_prompts=100, **tail)
     costs = np.where(np.arange(100) < count, bad, -1.0 - np.arange(100))
     with pytest.raises(InputError, match=f"{count} of 100 costs are not finite"):
         constraint.judge(costs)
 
 
 @pytest.mark.parametrize("value", [-1e9, -1.0, 0.0])
-def test_costs_without_spread_never_pass_a_student_t_test(value: float) -> None:
-    judgement = Constraint(threshold=0.0, safety_prompts=50).judge(np.full(50, value))
+@pytest.mark.parametrize("bound", [StudentT(), HallT()])
+def test_costs_without_spread_never_pass_a_t_test(bound: Bound, value: float) -> None:
+    constraint = replace(student(safety_prompts=50), bound=bound)
+    judgement = constraint.judge(np.full(50, value))
     assert judgement.upper == math.inf and not judgement.passed
 
 
@@ -376,18 +419,18 @@ def test_another_number_of_costs_than_planned_is_refused(estimand: Any, given_co
 
 def test_several_responses_per_prompt_are_not_taken_for_several_prompts() -> None:
     with pytest.raises(InputError, match=r"one per prompt, got shape \(5, 2\)"):
-        Constraint(safety_prompts=10).judge(np.arange(10.0).reshape(5, 2))
+        student(safety_prompts=10).judge(np.arange(10.0).reshape(5, 2))
 
 
 def test_harm_is_a_cost_above_zero_and_what_is_no_number_is_never_harmless() -> None:
     costs = [-1.0, 0.0, 5e-324, 3.0, math.nan, math.inf, -math.inf]
     values = Constraint("harm_rate", threshold=0.5).values(costs)
     np.testing.assert_array_equal(values, [0, 0, 1, 1, math.nan, math.nan, math.nan])
-    np.testing.assert_array_equal(Constraint().values(costs), costs)
+    np.testing.assert_array_equal(student().values(costs), costs)
 
 
 def test_a_forecast_is_made_for_the_number_of_safety_prompts() -> None:
-    mean = Constraint(safety_prompts=101).forecast([1.0, 2.0, 3.0, 4.0])
+    mean = student(safety_prompts=101).forecast([1.0, 2.0, 3.0, 4.0])
     assert mean == pytest.approx(2.5 + math.sqrt(5 / 3) * 1.6602 / math.sqrt(101), abs=1e-5)
     rate = Constraint("harm_rate", threshold=0.5, safety_prompts=100).forecast([-1.0, 2.0])
     assert rate == clopper_pearson_upper(50, 100, 0.05)
@@ -395,57 +438,98 @@ def test_a_forecast_is_made_for_the_number_of_safety_prompts() -> None:
 
 # -- settings --------------------------------------------------------------------------------------
 
-RATE = {"estimand": "harm_rate", "threshold": 0.1}
+MEAN: dict[str, Any] = {"estimand": "mean", "threshold": 0.0}
+CAPPED: dict[str, Any] = {**MEAN, "lower": -4.0, "upper": 4.0}
+RATE: dict[str, Any] = {"estimand": "harm_rate", "threshold": 0.1}
+CVAR: dict[str, Any] = {"estimand": "cvar", "threshold": 1.0, "alpha": 0.1, "eta": 0.5}
 
 
 @pytest.mark.parametrize(
     ("settings_given", "message"),
     [
-        ({"delta": 5}, r"delta is a probability of error and lies in \(0, 1\), got 5"),
-        ({"delta": 0.0}, r"delta .*\(0, 1\), got 0.0"),
-        ({"delta": 1.0}, r"delta .*\(0, 1\), got 1.0"),
-        ({"delta": math.nan}, r"delta .*\(0, 1\), got nan"),
-        ({"miss_probability": 0}, r"miss_probability .*\(0, 1\), got 0"),
-        ({"miss_probability": 1.5}, r"miss_probability .*\(0, 1\), got 1.5"),
+        ({**MEAN, "delta": 5}, r"delta is a probability of error and lies in \(0, 1\), got 5"),
+        ({**MEAN, "delta": 0.0}, r"delta .*\(0, 1\), got 0.0"),
+        ({**MEAN, "delta": 1.0}, r"delta .*\(0, 1\), got 1.0"),
+        ({**MEAN, "delta": math.nan}, r"delta .*\(0, 1\), got nan"),
+        ({**MEAN, "miss_probability": 0}, r"miss_probability .*\(0, 1\), got 0"),
+        ({**MEAN, "miss_probability": 1.5}, r"miss_probability .*\(0, 1\), got 1.5"),
         ({**RATE, "miss_probability": -1}, r"miss_probability .*\(0, 1\), got -1"),
-        ({"threshold": math.nan}, "threshold is a finite number, got nan"),
-        ({"threshold": math.inf}, "threshold is a finite number, got inf"),
-        ({"threshold": -math.inf}, "threshold is a finite number, got -inf"),
-        ({"safety_prompts": 1}, "safety_prompts is at least 2, got 1"),
-        ({"safety_prompts": -5}, "safety_prompts is at least 2, got -5"),
-        ({"std_floor": 0}, "std_floor is positive and finite, got 0"),
-        ({"std_floor": -0.1}, "std_floor is positive and finite, got -0.1"),
-        ({"pessimism": -1}, "pessimism is a finite number >= 0, got -1"),
-        ({"pessimism": math.nan}, "pessimism is a finite number >= 0, got nan"),
-        ({"pessimism": math.inf}, "pessimism is a finite number >= 0, got inf"),
+        ({**MEAN, "threshold": math.nan}, "threshold is a finite number, got nan"),
+        ({**MEAN, "threshold": math.inf}, "threshold is a finite number, got inf"),
+        ({**MEAN, "threshold": -math.inf}, "threshold is a finite number, got -inf"),
+        ({**RATE, "threshold": math.nan}, "threshold is a finite number, got nan"),
+        ({**MEAN, "safety_prompts": 1}, "safety_prompts is at least 2, got 1"),
+        ({**MEAN, "safety_prompts": -5}, "safety_prompts is at least 2, got -5"),
+        ({**MEAN, "std_floor": 0}, "std_floor is positive and finite, got 0"),
+        ({**MEAN, "std_floor": -0.1}, "std_floor is positive and finite, got -0.1"),
+        ({**MEAN, "std_floor": math.nan}, "std_floor .*got nan"),
+        ({**MEAN, "std_floor": math.inf}, "std_floor .*got inf"),
+        ({**MEAN, "pessimism": -1}, "pessimism is a finite number >= 0, got -1"),
+        ({**MEAN, "pessimism": math.nan}, "pessimism is a finite number >= 0, got nan"),
+        ({**MEAN, "pessimism": math.inf}, "pessimism is a finite number >= 0, got inf"),
         ({**RATE, "pessimism": 0.5}, "pessimism is for a mean; .* from miss_probability"),
         ({**RATE, "threshold": 0.0}, r"harm rate lies in \(0, 1\), got 0.0"),
         ({**RATE, "threshold": 1}, r"harm rate lies in \(0, 1\), got 1"),
         ({**RATE, "threshold": -0.2}, r"harm rate lies in \(0, 1\), got -0.2"),
-        ({"bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is mean"),
-        ({**RATE, "bound": StudentT()}, "student_t is for mean, but .* is harm_rate"),
-        ({"estimand": "median"}, "but the estimand is median"),
-        ({"std_floor": math.nan}, "std_floor .*got nan"),
-        ({"std_floor": math.inf}, "std_floor .*got inf"),
+        ({**MEAN, "bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is mean"),
+        ({**CVAR, "bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is cvar"),
+        ({**RATE, "bound": StudentT()}, "student_t is for mean, cvar, but .* is harm_rate"),
+        ({**RATE, "bound": HallT()}, "hall_t is for mean, cvar, but .* is harm_rate"),
+        ({"estimand": "median", "threshold": 0.0, "bound": HallT()}, "but the estimand is median"),
+        ({**MEAN, "lower": math.nan}, "lower is a finite number, got nan"),
+        ({**MEAN, "lower": -math.inf}, "lower is a finite number, got -inf"),
+        ({**MEAN, "upper": math.inf}, "upper is a finite number, got inf"),
+        ({**MEAN, "upper": math.nan}, "upper is a finite number, got nan"),
+        ({**CAPPED, "lower": 4.0}, r"range is lower < upper, got \[4.0, 4.0\]"),
+        ({**RATE, "lower": 5, "upper": 4}, r"range is lower < upper, got \[5, 4\]"),
+        # A threshold that every policy meets says nothing.
+        ({**CAPPED, "threshold": 4.0}, "threshold of 4.0 at or above the cap 4.0 .* lower thresh"),
+        ({**CAPPED, "threshold": 4.5}, "threshold of 4.5 at or above the cap 4.0"),
+        ({**MEAN, "upper": -1.0}, "threshold of 0.0 at or above the cap -1.0"),
+        ({**MEAN, "upper": 0.0, "bound": HallT()}, "threshold of 0.0 at or above the cap 0.0"),
+        ({**CVAR, "upper": 1.0}, "threshold of 1.0 at or above the cap 1.0"),
+        ({**CVAR, "alpha": None}, "cvar needs alpha and eta, both fixed beforehand"),
+        ({**CVAR, "eta": None}, "cvar needs alpha and eta, both fixed beforehand"),
+        ({**CVAR, "alpha": 0.0}, r"alpha.* lies in \(0, 1\], got 0.0"),
+        ({**CVAR, "alpha": 1.1}, r"alpha.* lies in \(0, 1\], got 1.1"),
+        ({**CVAR, "alpha": math.nan}, r"alpha.* lies in \(0, 1\], got nan"),
+        ({**CVAR, "eta": math.inf}, "eta is a finite number, got inf"),
+        ({**CVAR, "eta": math.nan}, "eta is a finite number, got nan"),
+        ({**CVAR, "eta": 2.0, "upper": 2.0}, "eta 2.0 lies at or above the cap 2.0"),
+        ({**CVAR, "eta": 1.5}, "never below eta 1.5, so a threshold of 1.0 cannot be met; lower"),
+        ({**MEAN, "alpha": 0.1}, "alpha and eta are for the estimand cvar, not for mean"),
+        ({**MEAN, "eta": 0.1}, "alpha and eta are for the estimand cvar, not for mean"),
+        ({**RATE, "alpha": 0.1, "eta": 0.0}, "for the estimand cvar, not for harm_rate"),
     ],
 )
-def test_settings_out_of_range_are_refused_with_what_was_given(
+def test_settings_out_of_range_are_refused_in_one_line_with_what_was_given(
     settings_given: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(InputError, match=message):
-        Constraint(**settings_given)
+    assert re.search(message, refusal(lambda: Constraint(**settings_given)))
+
+
+@pytest.mark.xfail(strict=True, raises=AssertionError, reason="asks for the range of a cvar first")
+def test_an_unknown_estimand_is_refused_also_without_a_bound() -> None:
+    assert "median" in refusal(lambda: Constraint("median", 0.0))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("missing", ["estimand", "threshold"])
+def test_every_limit_is_said_and_never_a_default(missing: str) -> None:
+    with pytest.raises(TypeError, match=f"missing 1 required positional argument: '{missing}'"):
+        Constraint(**{key: value for key, value in MEAN.items() if key != missing})
 
 
 @pytest.mark.parametrize("miss", [0, 1, -1, math.nan])
 def test_margins_refuse_a_miss_probability_outside_zero_and_one(miss: float) -> None:
-    for call in (seldonian_pessimism, lambda n, d, m: harm_rate_target(0.1, n, d, m)):
+    rate = ClopperPearson()
+    for call in (seldonian_pessimism, lambda n, d, m: harm_rate_target(rate, 0.1, n, d, m)):
         message = rf"miss_probability .*\(0, 1\), got {miss}"
         with pytest.raises(InputError, match=message):
             call(100, 0.05, miss)
 
 
 def test_a_description_is_plain_json_and_names_the_bound_and_its_assumptions() -> None:
-    described = Constraint(threshold=-0.2, delta=0.1, safety_prompts=64).describe()
+    described = student(-0.2, delta=0.1, safety_prompts=64).describe()
     assert (
         json.loads(json.dumps(described))
         == described
@@ -456,6 +540,10 @@ def test_a_description_is_plain_json_and_names_the_bound_and_its_assumptions() -
             "safety_prompts": 64,
             "bound": "student_t",
             "bound_options": {},
+            "lower": None,
+            "upper": None,
+            "alpha": None,
+            "eta": None,
             "class": "asymptotic",
             "assumptions": "independent prompts, nearly normal mean cost",
         }

@@ -138,9 +138,7 @@ class Crash(BaseException):
 # -- one test --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("cost", "verdict"), [(harmless, "PASS"), (harmful, "NO_SOLUTION_FOUND")]
-)
+@pytest.mark.parametrize(("cost", "verdict"), [(harmless, "PASS"), (harmful, "NO_SOLUTION_FOUND")])
 def test_a_test_opens_asks_decides_and_closes(lab: Lab, cost: Cost, verdict: str) -> None:
     assert lab.run("run", cost, (MEAN, RATE)) == verdict
     assert len(lab.asked) == len(set(lab.asked)) == N

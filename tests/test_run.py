@@ -288,6 +288,93 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(
     assert (part / "metrics-1.csv").is_file()
 
 
+def tested(**options: Any) -> str:
+    """The callbacks of a policy run whose safety test has these options."""
+    test = {"class_path": "callbacks.SafetyTest", "init_args": options}
+    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
+    return f"--trainer.callbacks={json.dumps([every, test])}"
+
+
+def test_a_safety_test_that_breaks_off_goes_on_where_it_was(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    whole, part = tmp_path / "whole" / "run", tmp_path / "part" / "run"
+    callbacks = tested(batch_size=10)
+    assert fit(demo, whole, *ALWAYS, callbacks) == PASSED
+    honest = Policy.sample_costs
+    asked: list[int] = []
+
+    def breaking(self: Policy, batch: Any, seed: str) -> Any:
+        if len(asked) == 2:
+            raise RuntimeError("lightning strikes")
+        asked.append(len(batch.keys))
+        return honest(self, batch, seed)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "sample_costs", breaking)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, part, *ALWAYS, callbacks)
+    assert read(part / "verdict.json")["verdict"] == "NOT_TESTED"
+    assert not (part / "policy").exists() and not (part / "policy.tmp").exists()
+
+    def counting(self: Policy, batch: Any, seed: str) -> Any:
+        asked.append(len(batch.keys))
+        return honest(self, batch, seed)
+
+    monkeypatch.setattr(Policy, "sample_costs", counting)
+    assert fit(demo, part, *ALWAYS, callbacks, "--ckpt_path", "last") == PASSED
+    assert asked == [10, 10, 10, 10]  # nothing is drawn a second time
+    ours, theirs = (read(folder / "certificate.json") for folder in (part, whole))
+    assert ours["data"]["costs"] == theirs["data"]["costs"]
+    assert ours["ledger"]["test"] == 1
+    assert main(["verify", str(part / "certificate.json")]) == PASSED
+
+
+def test_a_sequential_test_stops_early_or_goes_on_with_fresh_prompts(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+
+    def test(name: str, constraint: str, **options: Any) -> int:
+        limit = f"--model.init_args.constraints=[{{estimand: mean, {constraint}}}]"
+        callbacks = tested(sequential=True, batch_size=5, **options)
+        return main(
+            ["test", *policy_arguments(demo, tmp_path / name, limit, callbacks), *checkpoint]
+        )
+
+    assert test("a", "threshold: 3.5, safety_prompts: 20") == PASSED
+    early = read(tmp_path / "a" / "certificate.json")
+    assert early["data"]["n"] < 20
+    assert "optimistic" in early["diagnostics"]["note"]
+    # Costs near 0 cannot show a mean below -0.5 with ten prompts, nor with ten more.
+    undecided = "threshold: -0.5, safety_prompts: 10"
+    assert test("b", undecided) == NO_SOLUTION
+    assert test("c", undecided, continues=str(tmp_path / "b")) == NO_SOLUTION
+    parts = read(tmp_path / "c" / "sealed.json")["parts"]
+    assert [len(part["keys"]) for _, part in parts] == [10, 10]
+    keys = [set(part["keys"]) for _, part in parts]
+    assert not keys[0] & keys[1]
+    # Test 1 gave back what it did not use; tests 1 and 2, with its continuation, share a ledger.
+    assert main(["ledger", str(tmp_path / "ledger.jsonl")]) == PASSED
+    printed = capsys.readouterr().out
+    assert "test 2: no solution found; 20 prompts, δ = 0.0125" in printed
+    assert main(["unseal", str(tmp_path / "c")]) == PASSED
+    assert test("d", undecided, continues=str(tmp_path / "c")) == 2
+    assert "burnt" in capsys.readouterr().err
+
+
+def test_spent_prompts_are_refused_before_training(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit(demo, tmp_path / "first", *ALWAYS, tested()) == PASSED
+    refuse(demo, tmp_path, capsys, "40 of them are spent", *ALWAYS, tested())
+    refuse(
+        demo, tmp_path, capsys, "delta 0.05 by schedule halving", *ALWAYS, tested(schedule="once")
+    )
+
+
 @pytest.mark.parametrize(
     ("slots", "expected"),
     [
