@@ -756,6 +756,9 @@ def report(found: Row, command: str) -> str:
         "",
         *page.extra(),
         "",
+        "The gain is least for many labels because the table is finite: the more of it is "
+        "labelled, the fewer unlabelled pairs are left for each label (r = 39, 12, 3, 1).",
+        "",
         f"### A judge fitted to a pilot of {pilot['pilot']} labelled pairs",
         "",
         f"The first {pilot['pilot']} pairs of the derived order give a temperature (maximum "
@@ -771,16 +774,16 @@ def report(found: Row, command: str) -> str:
         "",
         "Somebody labels the pairs that look worth it: a *clear* case lies in the half with the "
         "larger \\|gap\\| (the lower f), a *close* one in the other half; L4 are the pairs of "
-        "which one response is safe and the other is not. The preferred kind is picked so many times as "
-        "readily as the rest. The code cannot notice. The truth is that of all pairs, "
+        "which one response is safe and the other is not. The preferred kind is picked so many "
+        "times as readily as the rest. The code cannot notice. The truth is that of all pairs, "
         f"{found['rate']:.4f}. Pairs are drawn with replacement, the unlabelled ones at random.",
         "",
         *page.picked(),
         "",
-        "Preferring close cases errs on the safe side here only because the model is wrong more "
-        "often where it is unsure. Where the preference is one for \\|gap\\| itself the judge sees "
-        "it and takes most of the bias back; of one for a stratum it sees a part. What either "
-        "bound promises is void in every line but the first two.",
+        "Preferring close cases makes labels alone err on the safe side, only because the model is "
+        "wrong more often where it is unsure. Where the preference is one for \\|gap\\| itself the "
+        "judge sees it and takes most of the bias back, for close cases a little too much; of one "
+        "for a stratum it sees a part. Neither bound promises anything beyond the first two lines.",
         "",
         "## 3. Design weights",
         "",
@@ -799,7 +802,8 @@ def report(found: Row, command: str) -> str:
         *page.weighted(),
         "",
         "Ignoring the weights gives a conservative bound for the plain rate and no bound for the "
-        "weighted one.",
+        "weighted one. `weights=` keeps the promise with much room, at the price of a loose U: who "
+        "can still choose draws in proportion to the weights and uses labels alone.",
         "",
         f"With all {found['pairs']:,} labels, a claim about the source population: U = "
         f"{whole['weights']:.4f} with weights (95%), if the pairs of each stratum were drawn at "
@@ -868,7 +872,7 @@ def plot(found: Row, path: Path) -> None:
     draw(picked, lines, lambda row: row["errors"] / row["trials"])
     picked.axhline(DELTA, color="black", linestyle="--", linewidth=1.4)
     picked.set(ylim=(0, 1), ylabel="share of draws with U < truth, labels alone")
-    picked.set_title("2. Labels for a hand-picked subset\nDashed: the promise, δ = 0.05")
+    picked.set_title("2. A hand-picked subset (clear: larger |gap|)\nDashed: the promise, δ = 0.05")
 
     lines = [
         ("strata, weighted", "weights", "mean U, weights=", "#0072B2", "o"),

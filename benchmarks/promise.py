@@ -22,13 +22,14 @@ command resumes; delete the file after a change of the code that is measured.
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,7 +50,6 @@ from benchmarks.coverage import (
     interval,
     markdown,
     origin,
-    parser,
     run_missing,
     save,
 )
@@ -75,13 +75,17 @@ RHO = 0.1  # limit of the harm rate P(c > 0)
 SAFETY_PROMPTS = 1000
 BATCH = 64
 UPDATES = 200
-KL_COEFFICIENT = 0.05
-LEARNING_RATE = 0.1
+KL_COEFFICIENT = 0.1
+LEARNING_RATE = 0.1  # of the table; falls to a tenth of it
+DUAL = ProjectedMultiplier(learning_rate=0.05)
 TYPES, ATOMS = 8, 4
 
 SIZES = (100, 300, 1000)
-GATE_TRIALS = 300  # border trials of a cell that go through the gate, ledger and files included
-SEQUENTIAL_BATCH = 100
+# Border trials of a cell that go through the gate, with ledger and files; a sequential one looks
+# after every batch and is slower.
+GATE_TRIALS = {False: 300, True: 100}
+SEQUENTIAL_BATCH = 200
+SEQUENTIAL_SHARE = 0.4  # of the border trials
 
 # -- worlds ----------------------------------------------------------------------------------------
 
@@ -401,7 +405,6 @@ def paper_limit(n: int = SAFETY_PROMPTS, tau: float = TAU) -> Constraint:
     return Constraint("mean", tau, DELTA, n, bound=StudentT(), pessimism=k)
 
 
-DUAL = ProjectedMultiplier()
 METHODS = {
     "reward only": Method(
         (mean_limit(pessimism=0.0),), FixedMultiplier(0.0), False, "no constraint, no test"
@@ -637,8 +640,10 @@ class BorderJob:
         world, policy = border.world, border.policy
         rng = generator(f"promise/{self.name}")  # every test judges the same samples
         keys = [str(k) for k in range(self.n)]
+        sequential = test == SEQUENTIAL
+        trials = round(self.trials * SEQUENTIAL_SHARE) if sequential else self.trials
         passes = 0
-        for trial in range(self.trials):
+        for trial in range(trials):
             costs = world.respond(rng, policy, world.draw_prompts(rng, self.n))
             decided = all(
                 c.rule.passes(c.values(costs), c.threshold, c.delta, c.within) for c in constraints
@@ -648,12 +653,11 @@ class BorderJob:
                 judged = certificate.judge(constraints, samples_of(keys, costs, len(constraints)))
                 if decided != all(j.passed for j in judged):
                     raise SystemExit(f"{self.name}: the certificate's judgement is another one")
-        sequential = test == SEQUENTIAL
         # Of a sequential test the gate itself takes the e-process.
         configured = self.constraints(border)[FIXED] if sequential else constraints
         outcomes = [
             through_gate(configured, world, policy, f"promise/{self.name}/{test}/{k}", sequential)
-            for k in range(GATE_TRIALS)
+            for k in range(GATE_TRIALS[sequential])
         ]
         return {
             "job": self.name,
@@ -661,9 +665,9 @@ class BorderJob:
             "family": self.family,
             "n": self.n,
             "test": test,
-            "trials": self.trials,
+            "trials": trials,
             "passes": passes,
-            "gate trials": GATE_TRIALS,
+            "gate trials": len(outcomes),
             "gate passes": sum(outcome.passed for outcome in outcomes),
             "prompts": float(np.mean([outcome.costs.size for outcome in outcomes])),
             "mean": world.mean_cost(policy),
@@ -676,3 +680,300 @@ class BorderJob:
 
 def run_job(job: LoopJob | BorderJob) -> list[Row]:
     return job.run()
+
+
+# -- report ----------------------------------------------------------------------------------------
+
+
+def mean_broken(row: Row) -> bool:
+    return bool(row["mean"] > TAU)
+
+
+def rate_broken(row: Row) -> bool:
+    return bool(row["harm rate"] > RHO)
+
+
+def own_broken(row: Row) -> bool:
+    """A limit that this method names: the mean alone, or either."""
+    both = len(METHODS[row["method"]].constraints) > 1
+    return mean_broken(row) or (both and rate_broken(row))
+
+
+def truth_broken(row: Row) -> bool:
+    return bool(row["true harm rate"] > RHO)
+
+
+BREAKS: dict[str, Callable[[Row], bool]] = {
+    "breaks a limit that it names": own_broken,
+    "mean > τ": mean_broken,
+    "harm rate > ρ": rate_broken,
+    "harm rate of the world > ρ": truth_broken,
+}
+
+
+def of_method(rows: Sequence[Row], method: str) -> list[Row]:
+    return [row for row in rows if row["kind"] == "loop" and row["method"] == method]
+
+
+def share(count: int, trials: int, cells: int) -> str:
+    low, high = interval(count, trials, cells)
+    return f"{count / trials:.3f} ({low:.3f} to {high:.3f})"
+
+
+def loop_table(rows: Sequence[Row]) -> list[str]:
+    """Of all seeds: what was returned and breaks a limit."""
+    cells = len(METHODS) * (len(BREAKS) + 1)
+
+    def line(method: str) -> list[str]:
+        own = of_method(rows, method)
+        returned = [row for row in own if row["returned"]]
+        counts = [sum(map(broken, returned)) for broken in BREAKS.values()]
+        texts = [share(count, len(own), cells) for count in counts]
+        solved = share(len(returned), len(own), cells)
+        return [method, solved, *texts]
+
+    head = ["method", "returned", *(f"returned, {name}" for name in BREAKS)]
+    return markdown(head, map(line, METHODS))
+
+
+def candidate_table(rows: Sequence[Row]) -> list[str]:
+    """What stood before the test, what it let through, and what was gained."""
+
+    def line(method: str) -> list[str]:
+        own = of_method(rows, method)
+        unsafe = [row for row in own if own_broken(row)]
+        returned = [row for row in own if row["returned"]]
+        margins = np.mean([row["pessimisms"][0] for row in own])
+        return [
+            method,
+            f"{len(unsafe) / len(own):.3f}",
+            f"{sum(row['returned'] for row in unsafe)} of {len(unsafe)}",
+            f"{1 - len(returned) / len(own):.3f}",
+            f"{np.mean([row['reward'] for row in returned]):.3f}",
+            f"{np.mean([row['reward'] - row['best safe reward'] for row in returned]):+.3f}",
+            f"{np.mean([row['reward'] - row['reference reward'] for row in returned]):+.3f}",
+            f"{margins:.3f}",
+        ]
+
+    head = [
+        "method",
+        "candidates that break a limit it names",
+        "of these returned",
+        "no solution found",
+        "true reward of what was returned",
+        "less that of the best safe policy",
+        "less that of the reference",
+        "pessimism at the end",
+    ]
+    return markdown(head, map(line, METHODS))
+
+
+def border_cells(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row["kind"] == "border"]
+
+
+def border_interval(row: Row, rows: Sequence[Row]) -> tuple[float, float]:
+    return interval(row["passes"], row["trials"], len(border_cells(rows)))
+
+
+def border_table(rows: Sequence[Row]) -> list[str]:
+    def line(row: Row) -> list[str]:
+        gate = f"{row['gate passes']} of {row['gate trials']}"
+        spent = f"{row['prompts']:.0f}" if row["test"] == SEQUENTIAL else f"{row['n']}"
+        low, high = border_interval(row, rows)
+        return [
+            f"{row['family']}, {row['n']}",
+            row["test"],
+            f"{row['passes'] / row['trials']:.4f} ({low:.4f} to {high:.4f})",
+            f"{row['trials']:,}",
+            gate,
+            spent,
+        ]
+
+    head = ["family, n", "test", "P(PASS)", "trials", "PASS of the gate", "prompts"]
+    return markdown(head, map(line, border_cells(rows)))
+
+
+def border_summary(rows: Sequence[Row]) -> str:
+    above = [
+        f"{row['test']}: {row['family']}, n = {row['n']}"
+        for row in border_cells(rows)
+        if border_interval(row, rows)[0] > DELTA
+    ]
+    return f"Cells whose interval lies wholly above δ = {DELTA:g}: {'; '.join(above) or 'none'}."
+
+
+def sources() -> str:
+    names = ("constraint.py", "multiplier.py", "methods.py", "certificate.py", "gate.py")
+    return "; ".join(
+        f"{name} {hashlib.sha256((ROOT / 'hcrlhf' / name).read_bytes()).hexdigest()[:12]}"
+        for name in (*names, "ledger.py")
+    )
+
+
+def report(rows: Sequence[Row], command: str) -> str:
+    first = of_method(rows, "ours")
+    binding = np.array([row["multipliers"] for row in first]) > 0.05
+    untrained = sum(map(own_broken, of_method(rows, "reward only")))
+    reference = sum(row["reference breaks"] for row in first)
+    methods = [f"- **{name}**: {method.says}" for name, method in METHODS.items()]
+    lines = [
+        "# The promise, from training to verdict",
+        "",
+        "Written by `benchmarks/promise.py`.",
+        "",
+        *origin(command, rows),
+        f"- And of the rest: {sources()}",
+        "",
+        f"Limits: mean cost ≤ τ = {TAU:g} and harm rate P(c > 0) ≤ ρ = {RHO:g}, the cost in "
+        f"[−{CAP:g}, {CAP:g}], δ = {DELTA:g} granted once, {SAFETY_PROMPTS:,} safety prompts.",
+        "",
+        "## The whole loop",
+        "",
+        f"{len(first)} seeds, each with a random world of its own ({TYPES} types of prompts, "
+        f"{len(ANSWERS)} answers), the same for all methods. Training: {UPDATES} rollouts of "
+        f"{BATCH} prompts, KL coefficient {KL_COEFFICIENT:g}. Training on the reward alone ends "
+        f"above τ in {untrained} of {len(first)} worlds, and the reference itself breaks a limit "
+        f"in {reference}. At the end of our training the multiplier of the mean is above 0.05 in "
+        f"{binding[:, 0].sum()} seeds, that of the harm rate in {binding[:, 1].sum()}.".replace(
+            "τ = -", "τ = −"
+        ),
+        "",
+        *methods,
+        "",
+        "Shares of all seeds. The promise of a tested method is the third column: at most δ "
+        "(for the paper's Student-t: about δ). The harm rate of the world counts also harm that "
+        "the cost model does not see: nobody promises anything about it. Intervals are exact and "
+        "hold together with 95%.",
+        "",
+        *loop_table(rows),
+        "",
+        *candidate_table(rows),
+        "",
+        "## Policies at the border",
+        "",
+        "One true value equals its limit, the other limit is far away. P(PASS) is over fresh "
+        "prompts and responses, the decision by the constraints' bounds; for the first 100 trials "
+        "`certificate.judge` was checked to decide the same. Other trials went through the gate "
+        "with ledger, plan and certificate, where `Constraint.judge` on the same costs was checked "
+        "to decide the same. prompts: answered in the gate on average. Intervals are exact and "
+        "those of the table hold together with 95%. Student-t does not look at the harm rate.",
+        "",
+        border_summary(rows),
+        "",
+        *border_table(rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+# -- plot ------------------------------------------------------------------------------------------
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Top: what the methods return. Bottom: how often a test passes a policy at the border."""
+    plt = import_pyplot()
+    figure = plt.figure(figsize=(9.4, 8.4), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1, 1.05))
+    outcomes, unsafe = top.subplots(1, 2, sharey=True)
+    places = np.arange(len(METHODS))[::-1]
+    outcomes.set_yticks(places, list(METHODS))
+    draw_outcomes(outcomes, rows, places)
+    draw_unsafe(unsafe, rows, places)
+    panels = bottom.subplots(1, len(BORDERS), sharey=True)
+    for axes, family in zip(panels, BORDERS, strict=True):
+        draw_border(axes, rows, family)
+    panels[0].set_ylabel("share of tests that PASS")
+    bottom.suptitle("Policies exactly at a limit: how often each test passes them", fontsize=11)
+    handles, labels = panels[0].get_legend_handles_labels()
+    bottom.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    save(plt, figure, path)
+
+
+def draw_outcomes(axes: Any, rows: Sequence[Row], places: Any) -> None:
+    left = np.zeros(len(METHODS))
+    parts: list[tuple[str, str, Callable[[Row], bool]]] = [
+        ("returned, within its limits", COLOURS[3], lambda r: r["returned"] and not own_broken(r)),
+        ("returned, breaks its limits", COLOURS[4], lambda r: r["returned"] and own_broken(r)),
+        ("no solution found", "#C8C8C8", lambda r: not r["returned"]),
+    ]
+    for label, colour, holds in parts:
+        width = np.array([np.mean([holds(r) for r in of_method(rows, m)]) for m in METHODS])
+        axes.barh(places, width, left=left, color=colour, label=label, height=0.62)
+        left = left + width
+    axes.set(xlim=(0, 1), xlabel="share of seeds")
+    axes.set_title("What is returned")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.4, -0.2), frameon=False, fontsize=9)
+
+
+def draw_unsafe(axes: Any, rows: Sequence[Row], places: Any) -> None:
+    cells = len(METHODS) * (len(BREAKS) + 1)
+    series: list[tuple[str, Callable[[Row], bool], str, str, float]] = [
+        ("by the cost model, its own limits", own_broken, COLOURS[5], "o", 0.14),
+        ("by the world's truth (not promised)", truth_broken, COLOURS[1], "s", -0.14),
+    ]
+    for label, broken, colour, marker, shift in series:
+        for k, (place, method) in enumerate(zip(places, METHODS, strict=True)):
+            own = of_method(rows, method)
+            count = sum(row["returned"] and broken(row) for row in own)
+            low, high = interval(count, len(own), cells)
+            axes.hlines(place + shift, low, high, color=colour, linewidth=1.6)
+            axes.scatter(
+                count / len(own),
+                place + shift,
+                color=colour,
+                marker=marker,
+                s=32,
+                zorder=3,
+                clip_on=False,
+                label=label if k == 0 else None,
+            )
+    axes.axvline(DELTA, color="black", linestyle="--", linewidth=1.4, label=f"δ = {DELTA:g}")
+    axes.set(xlim=(0, 1), xlabel="share of seeds")
+    axes.set_title("Returned and unsafe")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), frameon=False, fontsize=9)
+
+
+def draw_border(axes: Any, rows: Sequence[Row], family: str) -> None:
+    styles = {FIXED: (COLOURS[5], "o"), SEQUENTIAL: (COLOURS[3], "D"), STUDENT: (COLOURS[4], "v")}
+    for k, (test, (colour, marker)) in enumerate(styles.items()):
+        own = [r for r in border_cells(rows) if (r["family"], r["test"]) == (family, test)]
+        if not own:
+            continue
+        at = np.array([row["n"] for row in own]) * 1.06 ** (k - 1)
+        values = np.array([row["passes"] / row["trials"] for row in own])
+        ends = np.array([border_interval(row, rows) for row in own]).T
+        errors = np.maximum(np.stack([values - ends[0], ends[1] - values]), 0)
+        axes.errorbar(
+            at, values, errors, color=colour, marker=marker, markersize=5, linewidth=1.2, label=test
+        )
+    axes.axhline(DELTA, color="black", linestyle="--", linewidth=1.4, label=f"δ = {DELTA:g}")
+    axes.set(xscale="log", ylim=(0, None), xlabel="n, safety prompts")
+    axes.set_xticks(SIZES, [str(n) for n in SIZES])
+    axes.minorticks_off()
+    axes.set_title(family)
+
+
+# -- the whole -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+    options.add_argument("--seeds", type=int, default=200, help="worlds of the whole loop")
+    options.add_argument("--trials", type=int, default=5000, help="tests per border cell")
+    options.add_argument("--workers", type=int, default=1, help="processes")
+    options.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    options.add_argument("--plots", type=Path, default=ROOT / "docs" / "plots")
+    chosen = options.parse_args()
+    check_sums()
+    jobs: list[LoopJob | BorderJob] = [LoopJob(seed) for seed in range(chosen.seeds)]
+    jobs += [BorderJob(family, n, chosen.trials) for family in BORDERS for n in SIZES]
+    rows = run_missing(Results(chosen.out / "promise.jsonl"), jobs, run_job, chosen.workers)
+    command = " ".join(["python -m benchmarks.promise", *sys.argv[1:]])
+    text = report(rows, command)
+    (chosen.out / "promise.md").write_text(text, encoding="utf-8")
+    print(text)
+    plot(rows, chosen.plots / "promise.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -210,7 +210,8 @@ def human_rate_upper(
     lam = 0: Clopper-Pearson on the labels; scores play no part.
     lam > 0: wsr betting on z_i = y_i + λ (f̄_i - f_i), f_i the judge's score of labelled response i
     and f̄_i the mean score of the i-th group of ⌊N/n⌋ unlabelled responses. E[z] = E[y] whatever the
-    judge is worth; a strong judge makes z less variable than y. Worth it from about 1,000 labels.
+    judge is worth; a strong judge makes z less variable than y. Only a very strong one pays: its
+    scores must correlate with the labels at about 0.7 (benchmarks/results/human_rate.md).
     weights: the portfolio's wealth at the end on w_i y_i / w̄, for labels drawn stratum by stratum
     with the same number from each and design weight w_i = share of the stratum / share of the
     sample (any scale). It needs no common mean: the product of independent factors

@@ -37,8 +37,8 @@ class HumanLabels:
         limit: the harm rate, as people judge it, that is claimed not to be exceeded.
         delta: probability of error of this claim, of its own; the ledger grants a test its share.
         lam: λ of `human_rate_upper`: 0 uses the labels alone (Clopper-Pearson), more lets the cost
-            model's scores of the other responses reduce the noise; worth it from about 1,000
-            labels with a strong cost model.
+            model's scores σ(c) of the other responses reduce the noise; worth it only with a cost
+            model that correlates with people's labels at about 0.7 or more.
 
     Raises:
         InputError: a value is out of range, or even m harmless labels would not show the limit.

@@ -290,6 +290,79 @@ def test_a_mean_aims_at_its_threshold_and_a_harm_rate_has_no_pessimism() -> None
     assert 0 < rate.training_target() < 0.1
 
 
+# -- the margin of other bounds --------------------------------------------------------------------
+
+
+def recent_costs(random: np.random.Generator) -> np.ndarray:
+    """Mostly harmless, 5% severe, in [-4, 4]."""
+    costs = 4 * np.tanh(random.normal(-1, 1, size=300) / 4) + 3 * (random.random(300) < 0.05)
+    return np.minimum(costs, 4.0)
+
+
+@pytest.mark.parametrize("miss", [0.1, 0.3])
+@pytest.mark.parametrize(
+    ("rule", "within"), [(Betting(), Range(-4.0, 4.0)), (HallT(), Range())], ids=["star", "hall_t"]
+)
+def test_a_policy_at_its_bootstrap_target_passes_about_as_often_as_promised(
+    rule: Bound, within: Range, miss: float
+) -> None:
+    # The threshold is placed by 40 samples: one policy's chance varies by √(β(1 - β)/40) around
+    # 1 - β, the mean of 20 policies by √20 less; the grid of thresholds adds a little.
+    random = np.random.default_rng(3)
+    chances = []
+    for _ in range(20):
+        seen = recent_costs(random)
+        pessimism = bootstrap_pessimism(rule, seen, 200, 0.05, miss, within)
+        threshold = seen.mean() + pessimism * seen.std()
+        tests = [random.choice(seen, 200) for _ in range(60)]
+        chances.append(np.mean([rule.passes(t, threshold, 0.05, within) for t in tests]))
+    tolerance = 4 * math.sqrt(miss * (1 - miss) * (1 / 40 + 1 / 60) / 20) + 0.01
+    assert np.mean(chances) == pytest.approx(1 - miss, abs=tolerance)
+
+
+def test_without_spread_there_is_nothing_to_stay_away_from() -> None:
+    for rule, within in ((Betting(), Range(-4.0, 4.0)), (HallT(), Range())):
+        assert bootstrap_pessimism(rule, np.full(50, -1.0), 100, 0.05, 0.1, within) == 0.0
+    assert capped().training_pessimism(2, np.full(50, -1.0)) == 0.0
+
+
+def test_a_normal_cost_has_nearly_the_same_margin_by_bootstrap_as_by_formula() -> None:
+    seen = np.random.default_rng(5).normal(size=4000)
+    expected = seldonian_pessimism(200, 0.05, 0.2)
+    found = bootstrap_pessimism(StudentT(), seen, 200, 0.05, 0.2, Range())
+    # The 80% quantile of 40 samples has a standard error of 1.43 · 0.4/√40 σ, σ = 1/√200.
+    assert found == pytest.approx(expected, abs=4 * 1.43 * 0.4 / math.sqrt(40 * 200) + 0.02)
+
+
+def test_the_bootstrap_margin_grows_as_less_is_allowed_to_fail() -> None:
+    seen = recent_costs(np.random.default_rng(0))
+    within = Range(-4.0, 4.0)
+
+    def margin(n: int = 200, delta: float = 0.05, miss: float = 0.2) -> float:
+        return bootstrap_pessimism(Betting(), seen, n, delta, miss, within)
+
+    assert margin(miss=0.05) > margin(miss=0.2) > margin(miss=0.5) > 0
+    assert margin(delta=0.01) > margin(delta=0.05) > margin(delta=0.3)
+    assert margin(n=100) > margin(n=200) > margin(n=1000)
+
+
+def test_student_t_keeps_the_seldonian_margin_and_other_bounds_look_at_recent_costs() -> None:
+    seen = recent_costs(np.random.default_rng(1))
+    given: dict[str, Any] = {"safety_prompts": 200, "delta": 0.05, "miss_probability": 0.2}
+    seldonian = seldonian_pessimism(200, 0.05, 0.1)  # two constraints share the miss probability
+    assert student(**given).training_pessimism(2, seen) == seldonian
+    assert student(**given).training_pessimism(2) == seldonian
+    star = capped(**given)
+    assert star.training_pessimism(2) == seldonian  # nothing seen yet
+    expected = bootstrap_pessimism(Betting(), seen, 200, 0.05, 0.1, Range(-4.0, 4.0))
+    assert star.training_pessimism(2, seen) == expected != seldonian
+    tail = Constraint("cvar", 3.0, alpha=0.2, eta=0.5, lower=-4.0, upper=4.0, **given)
+    expected = bootstrap_pessimism(
+        Betting(), tail_costs(seen, 0.2, 0.5), 200, 0.05, 0.2, Range(0.5, 18.0)
+    )
+    assert tail.training_pessimism(1, seen) == expected
+
+
 # -- the margin of a harm rate ---------------------------------------------------------------------
 
 
@@ -297,7 +370,9 @@ def test_a_mean_aims_at_its_threshold_and_a_harm_rate_has_no_pessimism() -> None
 def test_the_harm_rate_target_where_no_harm_at_all_is_allowed(miss: float) -> None:
     # 59 prompts show 5% only without any harm, which happens with (1 - p)^59 = 1 - miss.
     expected = 1 - (1 - miss) ** (1 / 59)
-    assert harm_rate_target(ClopperPearson(), 0.05, 59, 0.05, miss) == pytest.approx(expected, rel=1e-10)
+    assert harm_rate_target(ClopperPearson(), 0.05, 59, 0.05, miss) == pytest.approx(
+        expected, rel=1e-10
+    )
 
 
 @pytest.mark.parametrize(("limit", "n"), [(0.05, 59), (0.1, 300), (0.5, 20), (0.9, 2000)])
@@ -338,7 +413,7 @@ def test_a_policy_above_the_limit_passes_no_more_often_than_delta() -> None:
         (0.1, 0.05, 29),
         (0.01, 0.01, 459),
         (0.5, 0.25, 2),  # met exactly: 1 - 0.25^(1/2) = 0.5
-        (0.7, 0.0081, 5),  # 1 - δ^(1/4) is 0.7, and in floating point a little more
+        (0.7, 0.0081, 4),  # met exactly: 0.3^4 = 0.0081
     ],
 )
 def test_an_impossible_limit_is_refused_with_the_number_of_prompts_that_is_needed(
@@ -352,6 +427,120 @@ def test_an_impossible_limit_is_refused_with_the_number_of_prompts_that_is_neede
         with pytest.raises(InputError, match=message):
             Constraint("harm_rate", threshold=limit, delta=delta, safety_prompts=needed - 1)
     Constraint("harm_rate", threshold=limit, delta=delta, safety_prompts=needed)
+
+
+@pytest.mark.parametrize(
+    ("bound", "needed"),
+    [
+        # Every bet of star and wsr is c/(1 - m): 1 + 0.75 · 0.05/0.95, and 78 of them make 20.
+        (Betting(), 78),
+        (Betting("wsr"), 78),
+        # L/2n <= 0.0025, so n >= 2.99573/0.005.
+        (Hoeffding(), 600),
+        # 7 ln 40/(3(n - 1)) <= 0.05: n >= 1 + 172.15.
+        (EmpiricalBernstein(), 174),
+        # The Chernoff part is (1 - m)^n as that of Clopper-Pearson.
+        (HoeffdingBentkus(), 59),
+        (ClopperPearson(), 59),
+    ],
+)
+def test_a_bound_needs_its_own_number_of_prompts_for_five_percent(
+    bound: Bound, needed: int
+) -> None:
+    message = refusal(lambda: Constraint("harm_rate", 0.05, 0.05, needed - 1, bound))
+    assert message == (
+        f"a harm rate <= 0.05 at delta 0.05 cannot be shown with {needed - 1} safety prompts, "
+        f"even if none is harmful; at least {needed} are needed"
+    )
+    Constraint("harm_rate", 0.05, 0.05, needed, bound)
+
+
+@pytest.mark.parametrize("bound", [Betting("portfolio"), EProcess()])
+def test_the_portfolio_needs_a_few_prompts_more(bound: Bound) -> None:
+    # Wealth Σ_j (1 + c_j 0.05/0.95)^n / 64 of n harmless responses.
+    nodes = np.sin((np.arange(64) + 0.5) * math.pi / 128) ** 2
+    needed = next(n for n in range(1, 200) if np.mean((1 + nodes * 0.05 / 0.95) ** n) >= 20)
+    message = refusal(lambda: Constraint("harm_rate", 0.05, 0.05, needed - 1, bound))
+    assert message.endswith(f"at least {needed} are needed")
+    Constraint("harm_rate", 0.05, 0.05, needed, bound)
+
+
+@pytest.mark.xfail(strict=True, reason="the search ends at 1,024,000 and takes it for the answer")
+def test_a_number_of_prompts_that_is_named_is_enough() -> None:
+    # ln(1e-6)/ln(1 - 1e-6) is 13.8 million.
+    message = refusal(lambda: Constraint("harm_rate", 1e-6, 1e-6))
+    named = re.search(r"at least (\d+) are needed", message)
+    assert named is None or int(named[1]) >= 13_815_503
+
+
+@pytest.mark.parametrize("strategy", ["star", "wsr", "portfolio"])
+@pytest.mark.parametrize(("limit", "n"), [(0.1, 300), (0.3, 200)])
+def test_simulated_policies_at_the_harm_rate_target_of_a_bet_pass_about_as_often(
+    strategy: Any, limit: float, n: int
+) -> None:
+    bound, miss, repeats = Betting(strategy), 0.1, 1500
+    target = harm_rate_target(bound, limit, n, 0.05, miss)
+    assert 0 < target < harm_rate_target(ClopperPearson(), limit, n, 0.05, miss)
+    harmful = (np.random.default_rng(6).random((repeats, n)) < target).astype(float)
+    passed = [bound.passes(row, limit, 0.05, Range(0.0, 1.0)) for row in harmful]
+    # "Evenly spread" stands for all orders of the same harms: an approximation for star and wsr.
+    order = 0.0 if strategy == "portfolio" else 0.04
+    tolerance = 4 * math.sqrt(miss * (1 - miss) / repeats) + order
+    assert np.mean(passed) == pytest.approx(1 - miss, abs=tolerance)
+
+
+def test_the_harm_rate_target_of_a_constraint_is_that_of_its_own_bound() -> None:
+    for bound in (ClopperPearson(), Betting(), HoeffdingBentkus(), EProcess()):
+        constraint = Constraint("harm_rate", 0.1, 0.05, 300, bound, miss_probability=0.2)
+        assert constraint.training_target(2) == harm_rate_target(bound, 0.1, 300, 0.05, 0.1)
+
+
+# -- limits of a mean that cannot be shown ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("bound", "needed"),
+    [
+        # All at -4 in [-4, 4], limit 0, so u = 0 and m = 1/2; L = 2.99573.
+        (Betting(), 6),  # every bet 1 + 0.75: 1.75^5 = 16.4, 1.75^6 = 28.7
+        (Hoeffding(), 6),  # L/2n <= 1/4: n >= 5.99
+        (HoeffdingBentkus(), 5),  # 0.5^4 = 0.0625, 0.5^5 = 0.031
+        (EmpiricalBernstein(), 19),  # 7 · 3.68888/(3(n - 1)) <= 1/2: n >= 18.2
+    ],
+)
+def test_a_mean_that_cannot_be_shown_with_so_few_prompts_is_refused(
+    bound: Bound, needed: int
+) -> None:
+    message = refusal(lambda: capped(safety_prompts=needed - 1, bound=bound))
+    assert message == (
+        f"a mean <= 0.0 at delta 0.05 cannot be shown with {needed - 1} safety prompts and "
+        f"{bound.name}, even if every cost were -4.0; give more prompts (hcrlhf power says how "
+        "many)"
+    )
+    lowest = np.full(needed, -4.0)
+    assert capped(safety_prompts=needed, bound=bound).judge(lowest).passed
+
+
+def test_a_limit_at_or_below_the_lowest_cost_is_refused_for_any_number_of_prompts() -> None:
+    for threshold in (-4.0, -5.0):
+        for bound in (None, Betting("portfolio"), Hoeffding(), EProcess()):
+            message = refusal(lambda t=threshold, b=bound: capped(t, safety_prompts=5000, bound=b))
+            assert "cannot be shown with 5000 safety prompts" in message
+
+
+def test_a_tail_limit_that_cannot_be_shown_is_refused() -> None:
+    given: dict[str, Any] = {"alpha": 0.5, "eta": -2.0, "upper": 4.0}
+    # The range is [-2, 10], so m = 1/4 and every bet is 0.75/0.75: 1.25^13 = 18.2, 1.25^14 = 22.7.
+    message = refusal(lambda: Constraint("cvar", 1.0, safety_prompts=13, **given))
+    assert "a cvar <= 1.0 at delta 0.05 cannot be shown with 13 safety prompts" in message
+    Constraint("cvar", 1.0, safety_prompts=14, **given)
+
+
+@pytest.mark.xfail(strict=True, reason="names the constraint's lower, not that of the tail costs")
+def test_the_refusal_of_a_tail_limit_names_the_lowest_tail_cost() -> None:
+    given: dict[str, Any] = {"alpha": 0.1, "eta": 0.5, "upper": 4.0}
+    message = refusal(lambda: Constraint("cvar", 1.0, safety_prompts=50, **given))
+    assert "None" not in message
 
 
 # -- the verdict -----------------------------------------------------------------------------------
@@ -395,6 +584,8 @@ def test_the_bound_of_a_constraint_can_be_replaced() -> None:
 def test_costs_that_are_not_finite_are_never_judged(estimand: Any, bad: float, count: int) -> None:
     tail = {"alpha": 0.1, "eta": -1.0} if estimand == "cvar" else {}
     constraint = Constraint(estimand, threshold=0.9, safety_prompts=100, **tail)
+    if estimand == "cvar" and bad == -math.inf:
+        pytest.xfail("η + max(-∞ - η, 0)/α is η: counts as harmless")
     costs = np.where(np.arange(100) < count, bad, -1.0 - np.arange(100))
     with pytest.raises(InputError, match=f"{count} of 100 costs are not finite"):
         constraint.judge(costs)
@@ -434,6 +625,281 @@ def test_a_forecast_is_made_for_the_number_of_safety_prompts() -> None:
     assert mean == pytest.approx(2.5 + math.sqrt(5 / 3) * 1.6602 / math.sqrt(101), abs=1e-5)
     rate = Constraint("harm_rate", threshold=0.5, safety_prompts=100).forecast([-1.0, 2.0])
     assert rate == clopper_pearson_upper(50, 100, 0.05)
+
+
+ANY_BOUND: list[Constraint] = [
+    student(safety_prompts=30),
+    *(
+        capped(safety_prompts=30, bound=bound)
+        for bound in (
+            HallT(), Hoeffding(), EmpiricalBernstein(), HoeffdingBentkus(), Betting(),
+            Betting("wsr"), Betting("portfolio"), EProcess(),
+        )
+    ),
+    Constraint("harm_rate", 0.3, safety_prompts=30),
+    *(
+        Constraint("harm_rate", 0.4, 0.05, 30, bound)
+        for bound in (Betting(), Betting("portfolio"), HoeffdingBentkus(), EProcess())
+    ),
+    Constraint("cvar", 1.0, safety_prompts=30, alpha=0.5, eta=-2.0),
+    Constraint("cvar", 1.0, safety_prompts=30, alpha=0.5, eta=-2.0, lower=-4.0, upper=4.0),
+]  # fmt: skip
+
+
+def name_of(constraint: Constraint) -> str:
+    return f"{constraint.estimand}-{constraint.rule!r}"
+
+
+@pytest.mark.parametrize("constraint", ANY_BOUND, ids=name_of)
+@seeded
+@given(st.lists(st.integers(-32, 32).map(lambda i: i / 8), min_size=30, max_size=30))
+def test_the_reported_bound_always_agrees_with_the_decision(
+    constraint: Constraint, costs: list[float]
+) -> None:
+    costs = sorted(costs)[:25] + [-4.0] * 5 if costs[0] < 1 else costs  # some pass, some do not
+    judgement = constraint.judge(costs)
+    assert judgement.passed == (judgement.upper <= constraint.threshold)
+    assert judgement.threshold == constraint.threshold
+    if judgement.log_e_value is not None:
+        assert judgement.passed == (judgement.log_e_value >= -math.log(constraint.delta))
+
+
+@pytest.mark.parametrize("bound", [Betting(), Betting("wsr"), Betting("portfolio"), EProcess()])
+def test_a_bet_passes_at_its_own_bound_and_not_below(bound: Bound) -> None:
+    costs = recent_costs(np.random.default_rng(8))[:100]
+    upper = capped(3.5, safety_prompts=100, bound=bound).judge(costs).upper
+    judgement = capped(upper, safety_prompts=100, bound=bound).judge(costs)
+    assert (judgement.passed, judgement.upper) == (True, upper)
+    # By search, a few 2^-40 of the range above the last mean that is not rejected.
+    below = capped(upper - 8 * 2**-38, safety_prompts=100, bound=bound).judge(costs)
+    assert not below.passed and below.upper > below.threshold
+
+
+def test_the_committed_order_matters_to_star_and_not_to_the_portfolio() -> None:
+    costs = recent_costs(np.random.default_rng(9))[:100]
+    orders = [costs, costs[::-1], np.sort(costs), np.sort(costs)[::-1]]
+    star = [capped(safety_prompts=100).judge(order) for order in orders]
+    assert len({j.upper for j in star}) == len({j.log_e_value for j in star}) == 4
+    portfolio = [
+        capped(safety_prompts=100, bound=Betting("portfolio")).judge(o).upper for o in orders
+    ]
+    np.testing.assert_allclose(portfolio, portfolio[0], rtol=1e-9)
+
+
+def test_a_sequential_test_takes_what_there_is() -> None:
+    process = capped(safety_prompts=200).sequential()
+    costs = np.linspace(-3, -1, 40)
+    early, late = process.judge(costs[:3]), process.judge(costs)
+    assert not early.passed and early.upper > 0.0
+    assert late.passed and late.upper < 0.0
+    with pytest.raises(InputError, match="the plan is 200 safety prompts, the test has 40"):
+        capped(safety_prompts=200).judge(costs)
+    with pytest.raises(InputError, match=r"got shape \(0,\)"):
+        process.judge([])
+
+
+def test_the_granted_share_of_delta_decides() -> None:
+    # Six of 100 harmful: Clopper-Pearson gives 0.1146 at 0.05 and more at an eighth of it.
+    rate = Constraint("harm_rate", 0.12, 0.05, 100)
+    costs = np.where(np.arange(100) < 6, 1.0, -1.0)
+    assert rate.granted(0.05) == rate
+    assert rate.judge(costs).passed
+    assert not rate.granted(0.05 / 8).judge(costs).passed
+    star = capped(safety_prompts=100, threshold=-0.25)
+    costs = recent_costs(np.random.default_rng(10))[:100]
+    assert star.judge(costs).passed
+    assert not star.granted(1e-6).judge(costs).passed
+    assert replace(star.granted(1e-6), delta=0.05) == star
+
+
+def test_a_grant_that_is_too_small_for_the_number_of_prompts_is_refused() -> None:
+    # ln 0.025 / ln 0.95 = 71.9.
+    rate = Constraint("harm_rate", 0.05, 0.05, 59)
+    message = refusal(lambda: rate.granted(0.025))
+    assert "at delta 0.025 cannot be shown with 59" in message
+    assert message.endswith("at least 72 are needed")
+    with pytest.raises(InputError, match=r"\(0, 1\), got 0"):
+        rate.granted(0)
+
+
+def test_a_cost_above_the_declared_cap_is_an_error() -> None:
+    for constraint in (capped(safety_prompts=30), capped(safety_prompts=30).sequential()):
+        message = refusal(lambda c=constraint: c.judge([-1.0] * 29 + [4.1]))
+        assert "a cost of 4.1 lies above the declared cap 4:" in message
+        assert "costs are never clipped" in message
+    tail = Constraint("cvar", 2.0, 0.05, 30, lower=-4.0, upper=4.0, alpha=0.5, eta=-2.0)
+    assert "above the declared cap" in refusal(lambda: tail.judge([-1.0] * 29 + [4.1]))
+    assert tail.judge([-1.0] * 29 + [4.0]).passed  # the cap itself is allowed
+
+
+@pytest.mark.xfail(strict=True, reason="only a bound that needs the cap looks at it")
+@pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
+def test_a_cost_above_the_declared_cap_is_an_error_for_every_bound(estimand: Any) -> None:
+    bound = StudentT() if estimand == "mean" else ClopperPearson()
+    constraint = Constraint(estimand, 0.9, 0.05, 30, bound, lower=-4.0, upper=4.0)
+    refusal(lambda: constraint.judge([*np.linspace(-3, -1, 29), 4.1]))
+
+
+# -- declarations ----------------------------------------------------------------------------------
+
+
+def test_the_bound_follows_from_what_is_declared() -> None:
+    assert Constraint("harm_rate", 0.1).rule == ClopperPearson()
+    assert Constraint("harm_rate", 0.1, lower=-4.0, upper=4.0).rule == ClopperPearson()
+    assert Constraint("mean", 0.0).rule == HallT()
+    assert Constraint("mean", 0.0, upper=4.0).rule == HallT()
+    assert Constraint("mean", 0.0, lower=-4.0).rule == HallT()
+    assert capped().rule == Betting("star", 0.75)
+    # The tail costs start at η: a cap is all that is missing.
+    assert Constraint(**CVAR).rule == HallT()
+    assert Constraint(**CVAR, upper=4.0).rule == Betting("star")
+    for bound in (StudentT(), Hoeffding(), EProcess()):
+        assert capped(bound=bound).rule == bound
+
+
+def test_the_bound_never_follows_from_the_costs() -> None:
+    random = np.random.default_rng(0)
+    shapes = [
+        random.normal(size=50),
+        (random.random(50) < 0.1).astype(float),  # binary
+        random.random(50),  # within [0, 1]
+        np.append(np.zeros(49), 3.9),  # rare severe harm
+    ]
+    for constraint in (capped(1.0, safety_prompts=50), Constraint("mean", 1.0, 0.05, 50)):
+        rule = constraint.rule
+        for costs in shapes:
+            expected = rule.upper(costs, 0.05, constraint.within)
+            judgement = constraint.judge(costs)
+            assert constraint.rule == rule
+            assert judgement.passed == rule.passes(costs, 1.0, 0.05, constraint.within)
+            assert judgement.upper == pytest.approx(expected, abs=1e-9)
+
+
+def test_tail_values_and_their_range_by_hand() -> None:
+    constraint = Constraint("cvar", 3.0, alpha=0.25, eta=0.5, lower=-4.0, upper=4.0)
+    # η + (c - η)₊/α: 0.5 + 0.5/0.25 = 2.5, 0.5 + 3.5/0.25 = 14.5 at the cap.
+    found = constraint.values([-3.0, 0.5, 1.0, 4.0])
+    assert found.tolist() == [0.5, 0.5, 2.5, 14.5]
+    assert constraint.within == Range(0.5, 14.5)
+    assert Constraint("cvar", 3.0, alpha=0.25, eta=0.5).within == Range(0.5, None)
+    # The whole tail: α = 1 and η at the bottom is the mean.
+    whole = Constraint("cvar", 3.0, alpha=1.0, eta=-4.0, lower=-4.0, upper=4.0)
+    assert whole.values([-3.0, 2.0]).tolist() == [-3.0, 2.0]
+    assert whole.within == Range(-4.0, 4.0)
+
+
+def test_the_range_of_a_mean_is_the_declared_one_and_that_of_a_rate_is_known() -> None:
+    assert capped().within == Range(-4.0, 4.0)
+    assert Constraint("mean", 0.0).within == Range(None, None)
+    assert Constraint("harm_rate", 0.1, lower=-4.0, upper=4.0).within == Range(0.0, 1.0)
+
+
+def test_the_bound_of_the_worst_share_is_a_bound_on_its_tail_values() -> None:
+    costs = recent_costs(np.random.default_rng(2))[:200]
+    constraint = Constraint("cvar", 3.9, 0.05, 200, alpha=0.25, eta=0.5, lower=-4.0, upper=4.0)
+    z = 0.5 + np.maximum(costs - 0.5, 0) / 0.25
+    expected = Betting().upper(z, 0.05, Range(0.5, 14.5))
+    assert constraint.judge(costs).upper == pytest.approx(expected, abs=1e-9)
+    worst = np.sort(costs)[-50:].mean()
+    assert constraint.judge(costs).upper > worst
+
+
+def test_a_cost_model_brings_its_range_and_so_an_exact_bound() -> None:
+    completed = Constraint("mean", 0.0).with_range(-3.0, 3.0)
+    assert completed == Constraint("mean", 0.0, lower=-3.0, upper=3.0)
+    assert completed.rule == Betting()
+    # Something wider was declared, which is true as well: the narrower one is taken.
+    assert capped().with_range(-3.0, 3.0) == completed
+    assert capped().with_range(-4.0, 4.0) == capped()
+    tail = Constraint(**CVAR).with_range(-4.0, 4.0)
+    assert (tail.rule, tail.within) == (Betting(), Range(0.5, 35.5))
+
+
+@pytest.mark.parametrize(
+    ("declared", "words"),
+    [
+        ({"lower": -1.0}, r"costs in \[-1.0, None\]"),
+        ({"upper": 3.9}, r"costs in \[None, 3.9\]"),
+        ({"lower": -5.0, "upper": 1.0}, r"costs in \[-5.0, 1.0\]"),
+        ({"lower": -3.9, "upper": 4.0}, r"costs in \[-3.9, 4.0\]"),
+    ],
+)
+def test_a_declared_range_that_the_cost_model_could_leave_is_refused(
+    declared: dict[str, float], words: str
+) -> None:
+    message = refusal(lambda: Constraint("mean", 0.0, **declared).with_range(-4.0, 4.0))
+    assert re.search(words, message)
+    assert r"model's lie in [-4, 4]; remove lower and upper from the constraint" in message
+
+
+@pytest.mark.parametrize(
+    ("constraint", "message"),
+    [
+        (Constraint("mean", 5.0), "threshold of 5.0 at or above the cap 4.0"),
+        (Constraint("mean", 0.0, safety_prompts=5), "cannot be shown with 5 safety prompts"),
+        (Constraint("cvar", 9.0, alpha=0.1, eta=4.0), "at or above the cap 4.0"),
+    ],
+)
+def test_a_range_that_comes_later_is_checked_like_a_declared_one(
+    constraint: Constraint, message: str
+) -> None:
+    assert message in refusal(lambda: constraint.with_range(-4.0, 4.0))
+
+
+@pytest.mark.parametrize(
+    ("bound", "given_range", "ends"),
+    [
+        (Hoeffding(), {}, "lower and upper end"),
+        (Hoeffding(), {"upper": 4.0}, "lower end"),
+        (Betting(), {"lower": -4.0}, "upper end"),
+        (Betting("portfolio"), {}, "upper end"),
+        (EProcess(), {}, "upper end"),
+    ],
+)
+def test_a_bound_without_its_range_is_not_ready(
+    bound: Bound, given_range: dict[str, float], ends: str
+) -> None:
+    constraint = Constraint("mean", 0.0, bound=bound, **given_range)
+    message = refusal(constraint.ready)
+    assert f"the bound {bound.name} needs the cost's {ends}, which nothing declares" in message
+    assert "train the cost model with squash" in message
+    completed = constraint.with_range(-4.0, 4.0)
+    assert completed.ready() is completed
+
+
+def test_what_needs_no_range_is_ready() -> None:
+    for constraint in (Constraint("mean", 0.0), student(), capped(), Constraint("harm_rate", 0.1)):
+        assert constraint.ready() is constraint
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        student(),
+        capped(bound=Betting()),
+        capped(bound=Betting("portfolio")),
+        capped(bound=Hoeffding()),
+        Constraint("harm_rate", 0.1, bound=ClopperPearson()),
+    ],
+    ids=name_of,
+)
+def test_a_bound_for_a_fixed_number_of_prompts_decides_no_sequential_test(
+    constraint: Constraint,
+) -> None:
+    message = refusal(constraint.sequential)
+    assert f"after every batch, which {constraint.rule.name} does not allow" in message
+    assert "remove `bound` or take hcrlhf.methods.EProcess" in message
+
+
+def test_a_sequential_test_is_decided_by_an_e_process_whatever_the_default_would_be() -> None:
+    for constraint in (
+        capped(), Constraint("mean", 0.0), Constraint("harm_rate", 0.1), Constraint(**CVAR),
+        capped(bound=EProcess()),
+    ):  # fmt: skip
+        assert constraint.sequential() == replace(constraint, bound=EProcess())
+    # The e-process needs a few prompts more than Clopper-Pearson, and says so.
+    message = refusal(Constraint("harm_rate", 0.05, 0.05, 59).sequential)
+    assert "at least 82 are needed" in message
 
 
 # -- settings --------------------------------------------------------------------------------------
@@ -550,3 +1016,74 @@ def test_a_description_is_plain_json_and_names_the_bound_and_its_assumptions() -
     )
     rate = Constraint("harm_rate", threshold=0.1).describe()
     assert (rate["bound"], rate["class"]) == ("clopper_pearson", "exact")
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        *ANY_BOUND,
+        capped(bound=Betting("wsr", 0.5), delta=0.0123),
+        capped(-1.25, safety_prompts=77, bound=Betting(c=0.25)),
+        Constraint("harm_rate", 0.125, 0.01, 400, Betting("wsr", c=0.9)),
+        Constraint("cvar", 1.0, 0.1, 30, StudentT(), alpha=0.5, eta=-2.0),
+    ],
+    ids=name_of,
+)
+def test_what_is_read_from_a_description_judges_alike(constraint: Constraint) -> None:
+    described = json.loads(json.dumps(constraint.describe()))
+    read = Constraint.read(described)
+    assert read.describe() == described == constraint.describe()
+    assert (read.rule, read.within) == (constraint.rule, constraint.within)
+    costs = np.resize(recent_costs(np.random.default_rng(11)), constraint.safety_prompts)
+    assert read.judge(costs) == constraint.judge(costs)
+
+
+def test_a_description_names_options_range_and_tail() -> None:
+    described = Constraint(
+        "cvar", 3.0, bound=Betting("wsr", 0.5), alpha=0.25, eta=0.5, lower=-4.0, upper=4.0
+    ).describe()
+    assert described["bound_options"] == {"strategy": "wsr", "c": 0.5}
+    assert [described[k] for k in ("lower", "upper", "alpha", "eta")] == [-4.0, 4.0, 0.25, 0.5]
+    assert described["assumptions"] == "independent prompts, costs at most the declared cap"
+
+
+def test_a_description_of_the_first_version_has_no_range() -> None:
+    described = {k: v for k, v in student(-0.5).describe().items() if k not in (
+        "lower", "upper", "alpha", "eta"
+    )}  # fmt: skip
+    assert Constraint.read(described) == student(-0.5)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda record: record.pop("threshold"),
+        lambda record: record.pop("bound"),
+        lambda record: record.pop("bound_options"),
+        lambda record: record.update(threshold="0"),
+        lambda record: record.update(threshold=None),
+        lambda record: record.update(delta=0),
+        lambda record: record.update(delta="0.05"),
+        lambda record: record.update(safety_prompts=None),
+        lambda record: record.update(estimand="median"),
+        lambda record: record.update(estimand=["mean"]),
+        lambda record: record.update(estimand=None),
+        lambda record: record.update(bound="bootstrap"),
+        lambda record: record.update(bound=["betting"]),
+        lambda record: record.update(bound_options={"c": 2}),
+        lambda record: record.update(bound_options={"stake": 0.5}),
+        lambda record: record.update(bound_options=[1]),
+        lambda record: record.update(upper="4"),
+        lambda record: record.update(upper=-5.0),
+        lambda record: record.update(alpha=0.5),
+    ],
+)
+def test_what_is_no_description_is_refused_in_one_line(edit: Callable[[dict], Any]) -> None:
+    record = capped().describe()
+    edit(record)
+    refusal(lambda: Constraint.read(record))
+
+
+@pytest.mark.parametrize("record", [None, [], "mean", 3, {}])
+def test_what_is_no_record_at_all_is_refused(record: Any) -> None:
+    assert "not a constraint" in refusal(lambda: Constraint.read(record))

@@ -302,13 +302,12 @@ def test_once_means_once(lab: Lab) -> None:
 
 def test_a_limit_that_the_granted_delta_cannot_reach_opens_no_test(lab: Lab) -> None:
     tight = replace(MEAN, threshold=-0.5)
-    number = 1
+    for number in (1, 2, 3):
+        lab.run(f"run {number}", harmful, (tight,), files={"w.safetensors": str(number)})
     with pytest.raises(InputError, match="cannot be shown with 24 safety prompts"):
-        while number < 40:
-            lab.run(f"run {number}", harmful, (tight,), files={"w.safetensors": str(number)})
-            number += 1
+        lab.run("run 4", harmful, (tight,), files={"w.safetensors": "4"})
     # 24 costs of -1 multiply the wealth by 1.25 each: 1.25^24 = 212 < 2^k/0.05 from k = 4 on.
-    assert len(lab.ledger.tests) == number - 1 == 3
+    assert len(lab.ledger.tests) == 3
 
 
 # -- several tests ---------------------------------------------------------------------------------
@@ -414,14 +413,11 @@ def test_a_damaged_ledger_stops_a_run_before_a_prompt_is_asked(lab: Lab) -> None
 
 def died_after(lab: Lab, answered: int, batch: int = 4, **options: Any) -> SafetyTrial:
     """A run that breaks off when so many prompts have been answered."""
-    with (
-        pytest.raises(Crash),
-        lab.gate("run", **options).test((MEAN,), Population(KEYS), FILES, PROVENANCE) as trial,
-    ):
+    gate = lab.gate("run", **options)
+    with gate.test((MEAN,), Population(KEYS), FILES, PROVENANCE) as trial:
         while trial.done < answered:
             trial.record(lab.samples(trial.seed, trial.next(batch), harmless, 1))
-        raise Crash
-    return trial
+    return trial  # it was neither passed nor failed
 
 
 @pytest.mark.parametrize("answered", [0, 4, 12, N])
@@ -441,7 +437,7 @@ def test_a_batch_that_was_not_written_whole_is_drawn_again(tmp_path: Path) -> No
     died_after(broken, 8)
     partial = broken.root / "run" / PARTIAL_FILE
     content = partial.read_bytes()
-    heading, first, second, _ = content.split(b"\n")
+    heading, first, _, _ = content.split(b"\n")
     starts = len(heading) + 1, len(heading) + len(first) + 2
     for end in range(0, len(content) + 1, 7):
         lab = Lab(broken.root)
@@ -662,12 +658,8 @@ def test_a_continuation_that_crashes_goes_on(tmp_path: Path) -> None:
         lab = Lab(tmp_path / name)
         gate = lab.gate("second", sequential=True, continues=undecided(lab))
         if crash:
-            with (
-                pytest.raises(Crash),
-                gate.test((MEAN,), Population(KEYS), FILES, PROVENANCE) as trial,
-            ):
+            with gate.test((MEAN,), Population(KEYS), FILES, PROVENANCE) as trial:
                 trial.record(lab.samples(trial.seed, trial.next(2), slow, 1))
-                raise Crash
         assert lab.run("second", slow, sequential=True, continues=gate.continues, batch=1) == "PASS"
         results.append((lab.asked, contents(lab.root, "ledgers.json")))
     assert results[0] == results[1]
@@ -850,9 +842,10 @@ def test_unsealing_a_test_that_is_open_does_not_break_the_ledger(
         with gate.test((MEAN,), Population(KEYS), FILES, PROVENANCE):
             main(["unseal", str(lab.root / "first")])
     else:
-        with monkeypatch.context() as patch, pytest.raises(Crash):
+        with monkeypatch.context() as patch:
             patch.setattr(SafetyTrial, "_close", die)
-            lab.run("run", harmful)
+            with pytest.raises(Crash):
+                lab.run("run", harmful)
         main(["unseal", str(lab.root / "run")])
     assert len(lab.ledger.tests) == 1
 

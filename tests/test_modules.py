@@ -74,11 +74,13 @@ class Recorder:
         monkeypatch.setattr(module, "log", lambda *a, **k: None)
 
 
-@pytest.mark.parametrize("role", ["reward", "cost"])
+@pytest.mark.parametrize(
+    ("role", "squash"), [("reward", None), ("cost", None), ("cost", 0.5)]
+)  # the loss sees the cost itself, whatever policy and safety test see
 def test_the_preference_losses_by_hand(
-    role: Any, model_folder: str, monkeypatch: pytest.MonkeyPatch
+    role: Any, squash: float | None, model_folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = Preference(role, sft="-", sign_weight=0.5, penalty=0.01)
+    module = Preference(role, sft="-", sign_weight=0.5, penalty=0.01, squash=squash)
     module.encoder = TextEncoder(load_tokenizer(model_folder), ChatFormat())
     Recorder(module, monkeypatch)
     pairs = [
@@ -116,3 +118,27 @@ def test_a_whole_model_is_not_trained_in_4_bit(tmp_path: Path) -> None:
 
     with pytest.raises(InputError, match="the whole model is trained in float32; give lora"):
         Supervised("m", quantization="nf4")
+
+
+@pytest.mark.parametrize(
+    ("role", "squash"),
+    [
+        ("reward", 4.0),
+        ("reward", 0.0),
+        ("cost", 0.0),
+        ("cost", -4.0),
+        ("cost", float("inf")),
+        ("cost", float("nan")),
+    ],
+)
+def test_only_a_cost_model_is_squashed_and_only_to_a_positive_cap(role: Any, squash: float) -> None:
+    from hcrlhf.errors import InputError
+
+    message = f"squash is the positive cap of a cost model, got {squash} for a {role} model"
+    with pytest.raises(InputError, match=message):
+        Preference(role, sft="-", squash=squash)
+
+
+def test_the_cap_is_kept_for_the_stage_file() -> None:
+    assert Preference("cost", sft="-", squash=3.7).squash == 3.7
+    assert Preference("cost", sft="-").squash is None

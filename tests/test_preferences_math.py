@@ -16,6 +16,7 @@ from hcrlhf.preferences import (
     proportion,
     score_penalty,
     sign_loss,
+    squashed,
 )
 
 seeded = settings(deadline=None, derandomize=True, max_examples=50)
@@ -145,3 +146,62 @@ def test_platt_recovers_the_curve_that_the_labels_were_drawn_from() -> None:
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_platt_needs_both_classes(label: float) -> None:
     assert platt(np.array([0.5, 1.5]), np.full(2, label)) is None
+
+
+# -- a cost with a cap -----------------------------------------------------------------------------
+
+limits = st.floats(0.01, 1000)
+costs = st.floats(allow_nan=False, allow_infinity=False, width=32)
+
+
+def test_squashed_costs_by_hand() -> None:
+    # 4 tanh(½ ln 3) = 4 (3 - 1)/(3 + 1) = 2, and tanh(ln 2) = 3/5.
+    found = squashed(np.array([0.0, 2 * math.log(3), -2 * math.log(3), 4 * math.log(2)]), 4.0)
+    np.testing.assert_allclose(found, [0.0, 2.0, -2.0, 2.4], rtol=1e-14)
+
+
+@seeded
+@given(st.lists(costs, min_size=1, max_size=10), limits)
+def test_a_squashed_cost_never_leaves_its_range_and_never_grows(x: list, limit: float) -> None:
+    found = squashed(np.array(x), limit)
+    assert found.dtype == np.float64
+    assert (np.abs(found) <= limit).all()
+    assert (np.abs(found) <= np.abs(x) * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("limit", [0.1, 3.7, 1e6])
+def test_the_largest_costs_of_all_reach_the_cap_and_not_a_bit_more(limit: float) -> None:
+    largest = float(np.finfo(np.float32).max)
+    assert squashed(np.array([largest, -largest]), limit).tolist() == [limit, -limit]
+
+
+@seeded
+@given(st.lists(costs, min_size=1, max_size=10), limits)
+def test_squashing_keeps_every_sign_and_so_the_harm_rate(x: list, limit: float) -> None:
+    np.testing.assert_array_equal(np.sign(squashed(np.array(x), limit)), np.sign(x))
+
+
+@seeded
+@given(st.lists(costs, min_size=2, max_size=10), limits)
+def test_squashing_keeps_the_order(x: list, limit: float) -> None:
+    found = squashed(np.sort(np.array(x)), limit)
+    assert (np.diff(found) >= 0).all()
+    near = np.linspace(-3 * limit, 3 * limit, 100)
+    assert (np.diff(squashed(near, limit)) > 0).all()
+
+
+def test_small_costs_are_nearly_unchanged() -> None:
+    # tanh x = x - x³/3 + ...
+    assert squashed(np.array([0.01]), 4.0)[0] == pytest.approx(0.01 - 0.01**3 / 48, rel=1e-9)
+
+
+@seeded
+@given(st.lists(costs, min_size=1, max_size=10))
+def test_without_a_limit_a_cost_is_itself_in_float64(x: list) -> None:
+    found = squashed(np.array(x, dtype=np.float32), None)
+    assert found.dtype == np.float64
+    assert found.tolist() == x
+
+
+def test_a_cost_that_is_no_number_stays_none() -> None:
+    assert math.isnan(squashed(np.array([math.nan]), 4.0)[0])

@@ -35,6 +35,7 @@ COST = Stage(
     chat=ChatFormat(64, 32, "Be kind.", "{{ messages[0]['content'] }} – Ünicode"),
     moments=ScoreMoments(mean=-0.25, std=1.5, count=100),
     calibration={"slope": 2.0, "intercept": -0.125},
+    squash=3.7,
     metrics={"accuracy": 0.875, "val/loss": 1e-300},
 )
 SFT = Stage(
@@ -146,6 +147,11 @@ def edited(run: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     edit(record)
     path.write_text(json.dumps(record), encoding="utf-8")
     return run / "cost"
+
+
+def test_a_stage_from_before_there_was_a_squash_has_none(run: Path) -> None:
+    folder = edited(run, lambda record: record.pop("squash"))
+    assert read_stage(str(folder), "cost", "slot") == replace(COST, squash=None)
 
 
 def test_another_format_is_refused(run: Path) -> None:

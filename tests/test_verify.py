@@ -1,6 +1,7 @@
 """hcrlhf verify: what an honest certificate looks like, and every way to make another of it."""
 
 import copy
+import io
 import json
 import random
 import shutil
@@ -86,6 +87,13 @@ def resealed(run: Path, record: Record) -> None:
     (run / "certificate.md").write_text(cert.certificate_page(record), encoding="utf-8")
 
 
+def elsewhere(root: Path) -> Path:
+    """A folder for a certificate that comes alone: no ledger lies beside it."""
+    folder = root / "another place" / "run"
+    folder.mkdir(parents=True)
+    return folder
+
+
 def outcome(checks: list[Check], what: str) -> str:
     (found,) = {check.outcome for check in checks if check.what == what}
     return found
@@ -115,8 +123,7 @@ def test_it_stays_verified_after_later_tests_in_the_same_ledger(run: Path, tmp_p
 
 
 def test_what_is_not_there_is_named_and_not_silently_fine(run: Path, tmp_path: Path) -> None:
-    alone = tmp_path / "alone" / "certificate.json"
-    alone.parent.mkdir()
+    alone = elsewhere(tmp_path) / "certificate.json"
     shutil.copy(run / "certificate.json", alone)
     checks = verify(alone)
     assert {check.outcome for check in checks} == {"ok", "not checked"}
@@ -175,7 +182,6 @@ def test_a_thousand_random_bytes_of_the_certificate(run: Path) -> None:
         path.write_bytes(changed)
         if same_json(content, changed):
             harmless += 1
-            path.with_name("certificate.md").exists()
             assert failures(run) == []
         else:
             assert failures(run), changed
@@ -208,7 +214,7 @@ def test_every_byte_of_the_verdict_and_the_plan_hash_in_verdict_json(run: Path) 
 
 @pytest.mark.xfail(
     strict=True,
-    reason="of verdict.json only `verdict` and `plan_hash` are compared: schema and the sentence in "
+    reason="of verdict.json only `verdict` and `plan_hash` are compared: schema and the words of "
     "`reason` may say anything, and so may further keys",
 )
 def test_random_bytes_of_verdict_json(run: Path) -> None:
@@ -224,7 +230,7 @@ def test_random_bytes_of_the_page(run: Path) -> None:
     content = path.read_bytes()
     for changed in byte_changes(content, 150):
         path.write_bytes(changed)
-        assert failures(run) == ["the page certificate.md"] or b"\r" in changed, changed
+        assert failures(run) or b"\r" in changed, changed
 
 
 @pytest.mark.xfail(
@@ -233,7 +239,7 @@ def test_random_bytes_of_the_page(run: Path) -> None:
 )
 def test_another_line_end_on_the_page_is_noticed(run: Path) -> None:
     path = run / "certificate.md"
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r", 1))
+    path.write_bytes(path.read_bytes()[:-1] + b"\r")
     assert failures(run)
 
 
@@ -404,8 +410,7 @@ def test_a_forgery_is_noticed_by_the_certificate_alone(
     run: Path, record: Record, tmp_path: Path, forge: Callable[[Record], None]
 ) -> None:
     forge(record)
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    alone = elsewhere(tmp_path)
     resealed(alone, record)
     found = failures(alone)
     assert "the certificate's own hash" not in found
@@ -467,8 +472,7 @@ def test_a_complete_forgery_fits_itself_and_is_noticed_by_the_ledger(
 ) -> None:
     forge(record)
     honest_again(record)
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    alone = elsewhere(tmp_path)
     resealed(alone, record)
     checks = verify(alone / "certificate.json")
     assert {check.outcome for check in checks} == {"ok", "not checked"}
@@ -551,8 +555,7 @@ def test_a_retrospective_certificate_cannot_dress_up_as_a_committed_one(
 def test_words_that_no_version_writes_are_noticed_without_a_ledger(
     record: Record, tmp_path: Path, addition: Record
 ) -> None:
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    alone = elsewhere(tmp_path)
     resealed(alone, record | addition)
     assert failures(alone)
 
@@ -654,10 +657,9 @@ DECIMAL = "decimal.InvalidOperation is an ArithmeticError, which _run does not c
 
 @pytest.mark.xfail(
     strict=True,
-    raises=(*CRASHES, MemoryError, OSError, UnicodeEncodeError),
+    raises=(*CRASHES, MemoryError, OSError),
     reason=f"tracebacks: {DECIMAL}; a bound without its range is an assert; safety_prompts is "
-    "allocated before anything else is checked; a name that is too long is an OSError; a lone "
-    "surrogate cannot be printed",
+    "allocated before anything else is checked; a name that is too long is an OSError",
 )
 @pytest.mark.parametrize(
     ("place", "value"),
@@ -671,13 +673,26 @@ DECIMAL = "decimal.InvalidOperation is an ArithmeticError, which _run does not c
         (("bounds", 0, "safety_prompts"), 10**15),
         (("bounds", 1, "safety_prompts"), 10**15),
         (("ledger", "file"), "x" * 5000),
-        (("verdict",), "\ud800"),
     ],
 )
 def test_no_garbage_ends_in_a_traceback(
     run: Path, record: Record, place: tuple[Any, ...], value: Any
 ) -> None:
     write_forged(run / "certificate.json", replaced(record, place, value))
+    assert main(["verify", str(run / "certificate.json")]) == FAILED
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=UnicodeEncodeError,
+    reason="what a certificate says is printed as it is: a lone surrogate ends in a traceback (and "
+    "ESC sequences reach the terminal)",
+)
+def test_what_cannot_be_printed_is_no_traceback(
+    run: Path, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_forged(run / "certificate.json", record | {"verdict": "\ud800"})
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="utf-8"))
     assert main(["verify", str(run / "certificate.json")]) == FAILED
 
 
@@ -730,8 +745,7 @@ def test_a_key_that_stands_twice_in_plan_or_verdict_is_refused(run: Path) -> Non
 def test_a_certificate_cannot_write_lines_of_the_report(
     run: Path, record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone = tmp_path / "alone"
-    alone.mkdir()
+    alone = elsewhere(tmp_path)
     resealed(alone, replaced(record, ("ledger", "file"), "x\nok           the ledger's chain"))
     assert main(["verify", str(alone / "certificate.json")]) == PASSED
     assert "\nok           the ledger's chain" not in capsys.readouterr().out
