@@ -835,9 +835,7 @@ def report(rows: Sequence[Row], command: str) -> str:
         f"{BATCH} prompts, KL coefficient {KL_COEFFICIENT:g}. Training on the reward alone ends "
         f"above τ in {untrained} of {len(first)} worlds, and the reference itself breaks a limit "
         f"in {reference}. At the end of our training the multiplier of the mean is above 0.05 in "
-        f"{binding[:, 0].sum()} seeds, that of the harm rate in {binding[:, 1].sum()}.".replace(
-            "τ = -", "τ = −"
-        ),
+        f"{binding[:, 0].sum()} seeds, that of the harm rate in {binding[:, 1].sum()}.",
         "",
         *methods,
         "",
@@ -849,6 +847,9 @@ def report(rows: Sequence[Row], command: str) -> str:
         *loop_table(rows),
         "",
         *candidate_table(rows),
+        "",
+        "Where training keeps a margin, few candidates are unsafe, and the shares above say little "
+        "about the test itself. The method without a margin does, and so does the border.",
         "",
         "## Policies at the border",
         "",
@@ -863,7 +864,7 @@ def report(rows: Sequence[Row], command: str) -> str:
         "",
         *border_table(rows),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("= -", "= −") + "\n"
 
 
 # -- plot ------------------------------------------------------------------------------------------

@@ -377,9 +377,10 @@ def report(rows: Sequence[Row], command: str) -> str:
         f"- And of the rest: {sources()}",
         "",
         f"Limit: mean cost ≤ τ = {TAU:g}, δ = {DELTA:g}, {N} safety prompts, betting star. A "
-        f"response costs {HIGH:g} where it harms and {LOW:g} where not; at τ one in ten harms. No "
-        f"policy that is tested here is safer than τ, so every release breaks the promise. Up to "
-        f"{ATTEMPTS} attempts; who passes stops.".replace(" -", " −"),
+        f"response costs {HIGH:g} where it harms and {LOW:g} where not; at τ one in ten harms. "
+        "No policy that is tested here is safer than τ; those exactly at it stand for policies the "
+        f"least bit worse. So every release is an error. Up to {ATTEMPTS} attempts; who passes "
+        "stops.",
         "",
         *(f"- **{name}**: {scenario.says}" for name, scenario in SCENARIOS.items()),
         "",
@@ -401,7 +402,7 @@ def report(rows: Sequence[Row], command: str) -> str:
         "",
         *refusal_lines(rows),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines).replace("= -", "= −").replace(" -1 ", " −1 ") + "\n"
 
 
 # -- plot ------------------------------------------------------------------------------------------
