@@ -68,6 +68,10 @@ from hcrlhf.methods import StudentT
 from hcrlhf.multiplier import FixedMultiplier, Multiplier, ProjectedMultiplier
 from hcrlhf.safety import CostSamples
 
+MEASURED = (
+    *("samples", "bounds", "betting", "methods", "constraint", "multiplier"),
+    *("certificate", "ledger", "gate"),
+)
 CAP = 4.0  # the squashed cost lies in [-4, 4]
 DELTA = 0.05
 TAU = -0.8  # limit of the mean cost
@@ -86,6 +90,27 @@ SIZES = (100, 300, 1000)
 GATE_TRIALS = {False: 300, True: 100}
 SEQUENTIAL_BATCH = 200
 SEQUENTIAL_SHARE = 0.4  # of the border trials
+
+
+def code_version() -> str:
+    """SHA-256 over the files that are measured, twelve digits."""
+    digest = hashlib.sha256()
+    for name in MEASURED:
+        digest.update((ROOT / "hcrlhf" / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+CODE = code_version()
+
+
+def code_line(rows: Sequence[Row]) -> str:
+    """With which code the rows were made, and whether it is still that."""
+    made = sorted({row["code"] for row in rows})
+    return (
+        f"SHA-256 over {', '.join(MEASURED)}: {', '.join(made)} when this was run, {CODE} when "
+        "this page was written"
+    )
+
 
 # -- worlds ----------------------------------------------------------------------------------------
 
@@ -535,6 +560,7 @@ class LoopJob:
             returned = through_gate(method.constraints, world, policy, gate_name).passed
         return {
             "job": self.name,
+            "code": CODE,
             "kind": "loop",
             "seed": self.seed,
             "method": name,
@@ -661,6 +687,7 @@ class BorderJob:
         ]
         return {
             "job": self.name,
+            "code": CODE,
             "kind": "border",
             "family": self.family,
             "n": self.n,
@@ -803,14 +830,6 @@ def border_summary(rows: Sequence[Row]) -> str:
     return f"Cells whose interval lies wholly above δ = {DELTA:g}: {'; '.join(above) or 'none'}."
 
 
-def sources() -> str:
-    names = ("constraint.py", "multiplier.py", "methods.py", "certificate.py", "gate.py")
-    return "; ".join(
-        f"{name} {hashlib.sha256((ROOT / 'hcrlhf' / name).read_bytes()).hexdigest()[:12]}"
-        for name in (*names, "ledger.py")
-    )
-
-
 def report(rows: Sequence[Row], command: str) -> str:
     first = of_method(rows, "ours")
     binding = np.array([row["multipliers"] for row in first]) > 0.05
@@ -823,7 +842,8 @@ def report(rows: Sequence[Row], command: str) -> str:
         "Written by `benchmarks/promise.py`.",
         "",
         *origin(command, rows),
-        f"- And of the rest: {sources()}",
+        f"- The whole loop: {code_line([row for row in rows if row['kind'] == 'loop'])}",
+        f"- The border: {code_line(border_cells(rows))}",
         "",
         f"Limits: mean cost ≤ τ = {TAU:g} and harm rate P(c > 0) ≤ ρ = {RHO:g}, the cost in "
         f"[−{CAP:g}, {CAP:g}], δ = {DELTA:g} granted once, {SAFETY_PROMPTS:,} safety prompts.",

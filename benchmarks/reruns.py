@@ -45,7 +45,7 @@ from benchmarks.coverage import (
     run_missing,
     save,
 )
-from benchmarks.promise import memory, samples_of, sources
+from benchmarks.promise import CODE, code_line, memory, samples_of
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.gate import Gate, Population
@@ -300,6 +300,7 @@ def run_job(job: Job) -> list[Row]:
     return [
         {
             "job": job.name,
+            "code": CODE,
             "scenario": job.scenario,
             "excess": job.excess,
             "runs": job.runs,
@@ -374,7 +375,7 @@ def report(rows: Sequence[Row], command: str) -> str:
         "Written by `benchmarks/reruns.py`.",
         "",
         *origin(command, rows),
-        f"- And of the rest: {sources()}",
+        f"- {code_line(rows)}",
         "",
         f"Limit: mean cost ≤ τ = {TAU:g}, δ = {DELTA:g}, {N} safety prompts, betting star. A "
         f"response costs {HIGH:g} where it harms and {LOW:g} where not; at τ one in ten harms. "

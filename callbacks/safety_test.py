@@ -200,7 +200,11 @@ class SafetyTest(Callback):
         module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)
         most = "at most " if self.sequential else ""
         number = trial.plan["ledger"]["test"]
-        rank_zero_info(f"safety test {number} of the ledger: {most}{trial.total} prompts")
+        delta = max(c.delta for c in trial.constraints)
+        rank_zero_info(
+            f"safety test {number} of the ledger, granted δ = {certificate.plain(delta)}: "
+            f"{most}{trial.total} prompts"
+        )
         while keys := trial.next(self.batch_size):
             batch = encoder.collate([self._pool[key] for key in keys])
             trial.record(module.sample_costs(batch.to(pl_module.device), trial.seed))

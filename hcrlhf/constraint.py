@@ -33,7 +33,7 @@ from hcrlhf.methods import (
     method,
     resamples,
 )
-from hcrlhf.samples import Floats, check_delta
+from hcrlhf.samples import Floats, check_cap, check_delta, check_floor, finite_sample
 
 Estimand = Literal["mean", "harm_rate", "cvar"]
 
@@ -87,6 +87,8 @@ class Constraint:
             raise InputError(f"threshold is a finite number, got {self.threshold}")
         if self.safety_prompts < 2:
             raise InputError(f"safety_prompts is at least 2, got {self.safety_prompts}")
+        if self.safety_prompts != int(self.safety_prompts):
+            raise InputError(f"safety_prompts is a whole number, got {self.safety_prompts}")
         if not 0 < self.std_floor < math.inf:
             raise InputError(f"std_floor is positive and finite, got {self.std_floor}")
         if self.pessimism is not None and not (
@@ -102,6 +104,8 @@ class Constraint:
         self._check_reachable()
 
     def _check_estimand(self) -> None:
+        if self.estimand not in ("mean", "harm_rate", "cvar"):
+            raise InputError(f"estimand is mean, harm_rate or cvar, got {self.estimand!r}")
         for name, end in (("lower", self.lower), ("upper", self.upper)):
             if end is not None and not math.isfinite(end):
                 raise InputError(f"{name} is a finite number, got {end}")
@@ -150,7 +154,8 @@ class Constraint:
                 raise InputError(
                     f"a {self.label} <= {self.threshold} at delta {self.delta} cannot be shown "
                     f"with {self.safety_prompts} safety prompts and {self.rule.name}, even if "
-                    f"every cost were {self.lower}; give more prompts (hcrlhf power says how many)"
+                    f"every cost were {self.within.lower}; give more prompts (hcrlhf power says "
+                    "how many)"
                 )
 
     # -- declarations --------------------------------------------------------------------------
@@ -217,7 +222,8 @@ class Constraint:
         if missing:
             raise InputError(
                 f"the bound {self.rule.name} needs the cost's {' and '.join(missing)} end, which "
-                "nothing declares; train the cost model with squash, or take hcrlhf.methods.HallT"
+                "nothing declares; train the cost model with squash"
+                + ("" if self.rule.anytime else ", or take hcrlhf.methods.HallT")
             )
         return self
 
@@ -237,9 +243,11 @@ class Constraint:
             return c
         if self.estimand == "cvar":
             assert self.alpha is not None and self.eta is not None
-            return tail_costs(c, self.alpha, self.eta)
+            values = tail_costs(c, self.alpha, self.eta)
+        else:
+            values = (c > 0).astype(np.float64)
         # A cost that is not a number must not count as harmless.
-        return np.where(np.isfinite(c), (c > 0).astype(np.float64), np.nan)
+        return np.where(np.isfinite(c), values, np.nan)
 
     # -- training ------------------------------------------------------------------------------
 
@@ -284,6 +292,7 @@ class Constraint:
             InputError: not exactly `safety_prompts` costs (a sequential bound takes what there
                 is), one that is not finite, or one outside the declared range.
         """
+        self._check_range(costs)
         values = self.values(costs)
         if values.size != self.safety_prompts and not self.rule.anytime:
             raise InputError(
@@ -299,6 +308,14 @@ class Constraint:
             upper = math.nextafter(self.threshold, math.inf)
         evidence = rule.log_e_value(values, self.threshold, self.delta, within)
         return Judgement(upper, self.threshold, passed, evidence)
+
+    def _check_range(self, costs: ArrayLike) -> None:
+        """The declared range is a fact for every bound, also for one that does not need it."""
+        x = finite_sample(costs)
+        if self.upper is not None:
+            check_cap(x, self.upper)
+        if self.lower is not None:
+            check_floor(x, self.lower)
 
     def describe(self) -> dict[str, Any]:
         """Every setting that the promise depends on, as plain JSON values."""
@@ -376,10 +393,11 @@ def bootstrap_pessimism(
     Args:
         values: of recent rollouts, (m,).
     """
+    values = finite_sample(values)
     mean, std = float(values.mean()), float(values.std())
     if not std > 0:
         return 0.0
-    samples = resamples(values, n, max(40, math.ceil(4 / miss_probability)))
+    samples = resamples(values, n, max(60, math.ceil(6 / miss_probability)))
     allowed = math.floor(miss_probability * len(samples))
 
     def enough(pessimism: float) -> bool:
@@ -405,8 +423,8 @@ def harm_rate_target(
 ) -> float:
     """p* = BetaInv(β; h + 1, n - h), h the most harmful responses with which n prompts pass.
 
-    A policy whose true harm rate is p* passes with probability 1 - β. Where the bound looks at the
-    order, the harms lie evenly spread.
+    A policy whose true harm rate is p* passes with probability 1 - β; where the bound looks at the
+    order, about that, for h is found with the harms evenly spread.
 
     Raises:
         InputError: not even h = 0 passes: n is too small for this limit.
@@ -419,8 +437,13 @@ def harm_rate_target(
 
     if not passes(0, n):
         needed = n
-        while not passes(0, needed) and needed < 10**6:
+        while not passes(0, needed):
             needed *= 2
+            if needed > 10**6:
+                raise InputError(
+                    f"a harm rate <= {limit} at delta {delta} cannot be shown with fewer than a "
+                    "million safety prompts, even if none is harmful; raise the limit or delta"
+                )
         low = n
         while needed - low > 1:
             middle = (low + needed) // 2

@@ -73,10 +73,11 @@ def squashed(scores: Floats, limit: float | None) -> Floats:
     nothing about E[c]; signs, and so the harm rate, are unchanged.
 
     Args:
-        scores: c (n,), of any finite size. limit: S > 0, or None.
+        scores: c (n,); one that is not finite stays so, lest -∞ count as the most harmless.
+        limit: S > 0, or None.
     """
     c = np.asarray(scores, dtype=np.float64)
-    return c if limit is None else limit * np.tanh(c / limit)
+    return c if limit is None else np.where(np.isfinite(c), limit * np.tanh(c / limit), c)
 
 
 def correct_pairs(higher: Tensor, lower: Tensor) -> int:

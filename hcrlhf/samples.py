@@ -62,6 +62,14 @@ def check_range(x: Floats, lower: float, upper: float) -> None:
     check_cap(x, upper)
     if not (math.isfinite(lower) and lower < upper):
         raise InputError(f"expected a range lower < upper, got [{lower}, {upper}]")
+    check_floor(x, lower)
+
+
+def check_floor(x: Floats, lower: float) -> None:
+    """
+    Raises:
+        InputError: a cost lies below the lower end of the range.
+    """
     if x.min() < lower:
         raise InputError(
             f"a cost of {x.min():g} lies below the declared lower end {lower:g}: the range is not "

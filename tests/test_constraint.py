@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -465,7 +465,6 @@ def test_the_portfolio_needs_a_few_prompts_more(bound: Bound) -> None:
     Constraint("harm_rate", 0.05, 0.05, needed, bound)
 
 
-@pytest.mark.xfail(strict=True, reason="the search ends at 1,024,000 and takes it for the answer")
 def test_a_number_of_prompts_that_is_named_is_enough() -> None:
     # ln(1e-6)/ln(1 - 1e-6) is 13.8 million.
     message = refusal(lambda: Constraint("harm_rate", 1e-6, 1e-6))
@@ -536,7 +535,6 @@ def test_a_tail_limit_that_cannot_be_shown_is_refused() -> None:
     Constraint("cvar", 1.0, safety_prompts=14, **given)
 
 
-@pytest.mark.xfail(strict=True, reason="names the constraint's lower, not that of the tail costs")
 def test_the_refusal_of_a_tail_limit_names_the_lowest_tail_cost() -> None:
     given: dict[str, Any] = {"alpha": 0.1, "eta": 0.5, "upper": 4.0}
     message = refusal(lambda: Constraint("cvar", 1.0, safety_prompts=50, **given))
@@ -585,10 +583,15 @@ def test_costs_that_are_not_finite_are_never_judged(estimand: Any, bad: float, c
     tail = {"alpha": 0.1, "eta": -1.0} if estimand == "cvar" else {}
     constraint = Constraint(estimand, threshold=0.9, safety_prompts=100, **tail)
     if estimand == "cvar" and bad == -math.inf:
-        pytest.xfail("η + max(-∞ - η, 0)/α is η: counts as harmless")
+        return  # below
     costs = np.where(np.arange(100) < count, bad, -1.0 - np.arange(100))
     with pytest.raises(InputError, match=f"{count} of 100 costs are not finite"):
         constraint.judge(costs)
+
+
+def test_a_cost_of_minus_infinity_is_not_harmless_in_the_tail() -> None:
+    constraint = Constraint("cvar", 2.0, 0.05, 100, alpha=0.5, eta=0.5, lower=-4.0, upper=4.0)
+    assert "100 of 100" in refusal(lambda: constraint.judge(np.full(100, -math.inf)))
 
 
 @pytest.mark.parametrize("value", [-1e9, -1.0, 0.0])
@@ -675,6 +678,25 @@ def test_a_bet_passes_at_its_own_bound_and_not_below(bound: Bound) -> None:
     assert not below.passed and below.upper > below.threshold
 
 
+@dataclass(frozen=True)
+class Undecided(HallT):
+    """A bound whose search and decision differ by rounding."""
+
+    passing: bool = False
+
+    def upper(self, values: Any, delta: float, within: Range) -> float:
+        return 0.5 + 1e-15 if self.passing else 0.5 - 1e-15
+
+    def passes(self, values: Any, threshold: float, delta: float, within: Range) -> bool:
+        return self.passing
+
+
+def test_where_search_and_decision_differ_the_reported_bound_follows_the_decision() -> None:
+    for passing, upper in ((True, 0.5), (False, math.nextafter(0.5, 1))):
+        constraint = replace(student(0.5, safety_prompts=3), bound=Undecided(passing))
+        assert constraint.judge([0.0, 1.0, 2.0]).upper == upper
+
+
 def test_the_committed_order_matters_to_star_and_not_to_the_portfolio() -> None:
     costs = recent_costs(np.random.default_rng(9))[:100]
     orders = [costs, costs[::-1], np.sort(costs), np.sort(costs)[::-1]]
@@ -732,7 +754,6 @@ def test_a_cost_above_the_declared_cap_is_an_error() -> None:
     assert tail.judge([-1.0] * 29 + [4.0]).passed  # the cap itself is allowed
 
 
-@pytest.mark.xfail(strict=True, reason="only a bound that needs the cap looks at it")
 @pytest.mark.parametrize("estimand", ["mean", "harm_rate"])
 def test_a_cost_above_the_declared_cap_is_an_error_for_every_bound(estimand: Any) -> None:
     bound = StudentT() if estimand == "mean" else ClopperPearson()
@@ -941,7 +962,10 @@ CVAR: dict[str, Any] = {"estimand": "cvar", "threshold": 1.0, "alpha": 0.1, "eta
         ({**CVAR, "bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is cvar"),
         ({**RATE, "bound": StudentT()}, "student_t is for mean, cvar, but .* is harm_rate"),
         ({**RATE, "bound": HallT()}, "hall_t is for mean, cvar, but .* is harm_rate"),
-        ({"estimand": "median", "threshold": 0.0, "bound": HallT()}, "but the estimand is median"),
+        (
+            {"estimand": "median", "threshold": 0.0, "bound": HallT()},
+            "estimand is mean, harm_rate or cvar",
+        ),
         ({**MEAN, "lower": math.nan}, "lower is a finite number, got nan"),
         ({**MEAN, "lower": -math.inf}, "lower is a finite number, got -inf"),
         ({**MEAN, "upper": math.inf}, "upper is a finite number, got inf"),
@@ -974,7 +998,6 @@ def test_settings_out_of_range_are_refused_in_one_line_with_what_was_given(
     assert re.search(message, refusal(lambda: Constraint(**settings_given)))
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="asks for the range of a cvar first")
 def test_an_unknown_estimand_is_refused_also_without_a_bound() -> None:
     assert "median" in refusal(lambda: Constraint("median", 0.0))  # type: ignore[arg-type]
 

@@ -154,6 +154,16 @@ def test_a_line_that_was_removed_moved_or_doubled_is_noticed(path: Path, state: 
         assert ("its tail is missing" in str(error.value)) == last_gone
 
 
+def test_a_line_whose_own_hash_was_made_to_fit_does_not_fit_the_next(path: Path) -> None:
+    lines = full_life(path).read_bytes().splitlines()
+    for number in range(1, len(lines)):
+        record = json.loads(lines[number - 1]) | {"time": "2020-01-01T00:00:00+00:00"}
+        record["hash"] = sealed_hash(record)
+        changed = [*lines[: number - 1], canonical(record).encode(), *lines[number:]]
+        with pytest.raises(InputError, match=f"line {number + 1}: does not follow the line before"):
+            ledgers.parse(b"\n".join(changed) + b"\n", path)
+
+
 def test_a_line_that_says_the_same_in_other_bytes_is_noticed(path: Path) -> None:
     open_one(path, "plan", keys(1))
     first, second = path.read_bytes().splitlines()
