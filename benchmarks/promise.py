@@ -903,7 +903,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     panels = bottom.subplots(1, len(BORDERS), sharey=True)
     for axes, family in zip(panels, BORDERS, strict=True):
         draw_border(axes, rows, family)
-    panels[0].set_ylabel("share of tests that PASS")
+    panels[0].set(ylim=(0, None), ylabel="share of tests that PASS")
     bottom.suptitle("Policies exactly at a limit: how often each test passes them", fontsize=11)
     handles, labels = panels[0].get_legend_handles_labels()
     bottom.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
@@ -968,7 +968,7 @@ def draw_border(axes: Any, rows: Sequence[Row], family: str) -> None:
             at, values, errors, color=colour, marker=marker, markersize=5, linewidth=1.2, label=test
         )
     axes.axhline(DELTA, color="black", linestyle="--", linewidth=1.4, label=f"δ = {DELTA:g}")
-    axes.set(xscale="log", ylim=(0, None), xlabel="n, safety prompts")
+    axes.set(xscale="log", xlabel="n, safety prompts")
     axes.set_xticks(SIZES, [str(n) for n in SIZES])
     axes.minorticks_off()
     axes.set_title(family)

@@ -190,7 +190,7 @@ class SafetyTest(Callback):
             require_same_files(files, folder_hashes(candidate))
             texts = {p.key: p.text for p in self._prompts(trainer)}
             trial.certify(texts, certificate.environment(*PACKAGES))
-            self._write(trainer, "PASS", "every bound is within its limit", trial.plan_hash)
+            self._write(trainer, "PASS", certificate.PASS_REASON, trial.plan_hash)
             # Last of all: wherever this breaks off, there is no policy/ without a PASS.
             shutil.rmtree(folder / "policy", ignore_errors=True)
             os.replace(candidate, folder / "policy")

@@ -25,7 +25,7 @@ from hcrlhf.constraint import Constraint, Judgement
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import json_hash, sealed_hash, set_hash, sha256
 from hcrlhf.safety import CostSamples
-from hcrlhf.samples import Floats
+from hcrlhf.samples import Floats, has_spread
 
 # Verification compares the words too: other words are another schema.
 SCHEMA = 2
@@ -154,6 +154,9 @@ def judge(constraints: Sequence[Constraint], samples: CostSamples) -> list[Judge
 def decided(constraints: Sequence[Constraint], samples: CostSamples) -> bool:
     """Whether a sequential test may stop: every constraint passes on the costs so far."""
     return all(j.passed for j in judge(constraints, samples))
+
+
+PASS_REASON = "every bound is within its limit"
 
 
 def verdict_record(verdict: Verdict, reason: str, plan_hash: str | None) -> dict[str, Any]:
@@ -317,8 +320,7 @@ def diagnose(constraints: Sequence[Constraint], costs: ArrayLike) -> dict[str, A
     """
     x: Floats = np.asarray(costs, dtype=np.float64)
     sd = float(x.std(ddof=1)) if x.size > 1 else 0.0
-    centred = x - x.mean()
-    skewness = float(np.mean(centred**3) / np.mean(centred**2) ** 1.5) if sd > 0 else 0.0
+    skewness = float(np.mean(((x - x.mean()) / x.std()) ** 3)) if has_spread(x) else 0.0
     delta = max(c.delta for c in constraints)
     z = float(stats.norm.ppf(1 - delta))
     edgeworth = skewness * (2 * z * z + 1) * float(stats.norm.pdf(z)) / (6 * math.sqrt(x.size))

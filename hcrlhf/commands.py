@@ -119,7 +119,10 @@ def certify_main(arguments: Sequence[str]) -> int:
         return NO_SOLUTION
     print(f"PASS, retrospective, class {record['claim']['class']}")
     if options.out:
-        options.out.mkdir(parents=True, exist_ok=True)
+        try:
+            options.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"--out {options.out} is no folder ({error.strerror})") from error
         write_json(options.out / cert.CERTIFICATE_FILE, record)
         write_text(options.out / cert.PAGE_FILE, cert.certificate_page(record))
         print(f"wrote {options.out / cert.CERTIFICATE_FILE} and {cert.PAGE_FILE}")
@@ -150,7 +153,7 @@ def verify_main(arguments: Sequence[str]) -> int:
     width = max(len(check.outcome) for check in checks)
     for check in checks:
         detail = f" ({check.detail})" if check.detail else ""
-        print(f"{check.outcome:{width}}  {check.what}{detail}")
+        print(f"{check.outcome:{width}}  {printable(check.what + detail)}")
     failed = sum(check.outcome == "FAILED" for check in checks)
     open_ = sum(check.outcome == "not checked" for check in checks)
     if failed:
@@ -158,6 +161,11 @@ def verify_main(arguments: Sequence[str]) -> int:
         return FAILED
     print(f"verified: {len(checks) - open_} checks hold, {open_} could not be made here")
     return PASSED
+
+
+def printable(text: str) -> str:
+    """One line without control characters: a file of unknown origin does not write our report."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 # -- unseal ----------------------------------------------------------------------------------------
@@ -177,7 +185,7 @@ def unseal_main(arguments: Sequence[str]) -> int:
         sealed: dict[str, Any] = read_json(path)
         plan = json_hash(sealed["plans"][-1])
         ledger_path = options.ledger or options.run / sealed["ledger"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(
             f"{path} is not the sealed result of a test ({type(error).__name__}); expected the "
             "folder of a run that ended in no solution found"
@@ -186,6 +194,11 @@ def unseal_main(arguments: Sequence[str]) -> int:
     test = ledger.find(plan)
     if test is None:
         raise InputError(f"{ledger_path} does not know the test in {options.run}")
+    if test.verdict is None:
+        raise InputError(
+            f"test {test.number} of {ledger_path} is still open; end it first, by the command that "
+            "began it (with --ckpt_path last)"
+        )
     if not test.burnt:
         with ledgers.locked(ledger_path, ledger.delta, ledger.schedule) as held:
             ledgers.append(held, {"kind": "burn", "test": test.number})
@@ -238,13 +251,14 @@ def human_main(arguments: Sequence[str]) -> int:
         test = held.find(record["plan_hash"])
         if test is None or test.certificate != record["hash"]:
             raise InputError(f"{ledger_path} does not know this certificate")
-        if test.labelled:
+        if test.labels not in (None, result["hash"]):
             raise InputError(
                 f"the labels of test {test.number} were judged before; other labels of the same "
                 "responses are a second look, which the claim does not cover"
             )
-        line = {"kind": "labels", "test": test.number, "labels": result["hash"]}
-        ledgers.append(held, line)
+        if test.labels is None:
+            line = {"kind": "labels", "test": test.number, "labels": result["hash"]}
+            ledgers.append(held, line)
     write_json(options.run / human.RECORD_FILE, result)
     write_text(options.run / human.PAGE_FILE, human.page(result))
     print(

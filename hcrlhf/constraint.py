@@ -292,12 +292,12 @@ class Constraint:
             InputError: not exactly `safety_prompts` costs (a sequential bound takes what there
                 is), one that is not finite, or one outside the declared range.
         """
-        self._check_range(costs)
         values = self.values(costs)
         if values.size != self.safety_prompts and not self.rule.anytime:
             raise InputError(
                 f"the plan is {self.safety_prompts} safety prompts, the test has {values.size}"
             )
+        self._check_range(costs)
         rule, within = self.rule, self.within
         passed = bool(rule.passes(values, self.threshold, self.delta, within))
         upper = rule.upper(values, self.delta, within)

@@ -291,15 +291,29 @@ class Gate:
         try:
             sealed = read_json(path)
             plans, parts = sealed["plans"], [(s, _samples(p)) for s, p in sealed["parts"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            hashes = [json_hash(plan) for plan in plans]
+            last = plans[-1]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise InputError(
                 f"continues: {path} is not the sealed result of a test ({type(error).__name__}); "
                 "expected the folder of a run whose sequential test was undecided"
             ) from error
-        test = ledger.find(json_hash(plans[-1])) if ledger else None
+        test = ledger.find(hashes[-1]) if ledger else None
         if test is None:
             raise InputError(f"continues: {self.ledger} does not know the test in {self.continues}")
-        if plans[-1]["stopping"] != cert.SEQUENTIAL_STOP:
+        # All of its parts: one that is left out would take its evidence with it. The last may be
+        # this run's own, which an earlier attempt opened.
+        known = list(test.plans)
+        if hashes != known and not (hashes == known[:-1] and test.verdict is None):
+            raise InputError(
+                f"continues: test {test.number} went on elsewhere after {self.continues}; name the "
+                "folder of its last part"
+            )
+        if test.sealed != json_hash(sealed["parts"]):
+            raise InputError(
+                f"continues: {path} is not what the ledger says was sealed; restore it from a copy"
+            )
+        if last["stopping"] != cert.SEQUENTIAL_STOP:
             raise InputError(
                 f"continues: the test in {self.continues} was for a fixed number of prompts, which "
                 "may not be continued; a further look is a new test"
@@ -437,6 +451,9 @@ class SafetyTrial:
         """No solution found: seals the numbers, closes the test."""
         parts = [*(self.earlier.parts if self.earlier else []), (self.seed, self._own())]
         judgements = self._judge()
+        written = [[seed, _record(samples)] for seed, samples in parts]
+        sealed = json_hash(written)
+        self._require_same_result("NO_SOLUTION_FOUND", None, sealed)
         write_json(
             self.gate.folder / SEALED_FILE,
             {
@@ -444,11 +461,11 @@ class SafetyTrial:
                 "and marks the set as burnt in the ledger",
                 "ledger": self._ledger_file(),
                 "plans": self._plans(),
-                "parts": [[seed, _record(samples)] for seed, samples in parts],
+                "parts": written,
                 "bounds": cert.describe_bounds(self.constraints, judgements),
             },
         )
-        self._close("NO_SOLUTION_FOUND", None)
+        self._close("NO_SOLUTION_FOUND", None, sealed)
         self._partial.unlink(missing_ok=True)
 
     def certify(
@@ -465,46 +482,43 @@ class SafetyTrial:
         samples = self._samples()
         parts = [*(self.earlier.parts if self.earlier else []), (self.seed, self._own())]
         published = [cert.published_key(s, key) for s, part in parts for key in part.keys]
-        answers = [[p, t[0]] for p, t in zip(published, samples.responses, strict=True)]
-        line = next(x for x in self.ledger.lines if x.get("plan") == self.plan_hash)
-        record = cert.make_certificate(
-            self.constraints,
-            samples,
-            published,
-            self.plan,
-            {
-                **self.plan["ledger"],
-                "line": line["hash"],
-                "file": self._ledger_file(),
-            },
-            {
-                "seeds": [[seed, len(part.keys)] for seed, part in parts],
-                "responses_sha256": json_hash(answers),
-                "earlier_plans": self._plans()[:-1],
-            },
-            package_versions,
-        )
-        if record["verdict"] != "PASS":
-            raise RuntimeError("a certificate was asked for costs that do not pass")
-        folder = self.gate.folder
         rows = [
             {"prompt": p, "text": texts.get(key, ""), "response": t[0], "cost": float(c)}
             for p, key, t, c in zip(
                 published, samples.keys, samples.responses, samples.costs[:, 0, 0], strict=True
             )
         ]
+        line = next(x for x in self.ledger.lines if x.get("plan") == self.plan_hash)
+        record = cert.make_certificate(
+            self.constraints,
+            samples,
+            published,
+            self.plan,
+            {**self.plan["ledger"], "line": line["hash"], "file": self._ledger_file()},
+            {
+                "seeds": [[seed, len(part.keys)] for seed, part in parts],
+                "responses_sha256": json_hash(rows),
+                "earlier_plans": self._plans()[:-1],
+            },
+            package_versions,
+        )
+        if record["verdict"] != "PASS":
+            raise RuntimeError("a certificate was asked for costs that do not pass")
+        self._require_same_result("PASS", record["hash"], None)
+        self._write_pass(record, rows)
+        self._close("PASS", record["hash"], None)
+        return record
+
+    def _write_pass(self, record: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        """Responses, the form for people if the plan asks for one, certificate and page."""
+        folder = self.gate.folder
         write_text(folder / RESPONSES_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         if self.plan["human"]:
             _, ids = committed(record)
-            answered = {
-                p: (texts.get(k, ""), t[0])
-                for p, k, t in zip(published, samples.keys, samples.responses, strict=True)
-            }
+            answered = {row["prompt"]: (row["text"], row["response"]) for row in rows}
             write_form(folder / FORM_FILE, form_rows(ids, answered))
         write_json(folder / cert.CERTIFICATE_FILE, record)
         write_text(folder / cert.PAGE_FILE, cert.certificate_page(record))
-        self._close("PASS", record["hash"])
-        return record
 
     def release(self) -> None:
         """After the policy stands in its place: the costs are in the certificate now."""
@@ -519,13 +533,22 @@ class SafetyTrial:
     def _ledger_file(self) -> str:
         return os.path.relpath(self.gate.ledger.resolve(), self.gate.folder.resolve())
 
-    def _close(self, verdict: str, certificate: str | None) -> None:
-        gate, test = self.gate, self.plan["ledger"]["test"]
+    @property
+    def _number(self) -> int:
+        return int(self.plan["ledger"]["test"])
+
+    def _require_same_result(self, *result: Any) -> None:
+        ledgers.require_same_result(self.ledger, self._number, *result)
+
+    def _close(self, verdict: str, certificate: str | None, sealed: str | None) -> None:
+        gate = self.gate
         with ledgers.locked(
             gate.ledger, self.ledger.delta, self.ledger.schedule, gate.state
         ) as ledger:
             unused = self.order[self.done :]
-            self.ledger = ledgers.close_test(ledger, test, verdict, certificate, unused, gate.state)
+            self.ledger = ledgers.close_test(
+                ledger, self._number, verdict, certificate, sealed, unused, gate.state
+            )
 
 
 # -- costs on disk ---------------------------------------------------------------------------------

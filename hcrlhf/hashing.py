@@ -68,9 +68,12 @@ def read_json(path: Path) -> Any:
         ValueError: it is not JSON, or a key is repeated.
         OSError: it cannot be read.
     """
-    return json.loads(
-        path.read_bytes(), object_pairs_hook=_unique_keys, parse_constant=_no_constant
-    )
+    return parse_json(path.read_bytes())
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of JSON in which no key stands twice and no number is NaN; else a ValueError."""
+    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -65,8 +65,9 @@ class Test:
         prompts: keys (first 32 hex digits) of the prompts it used, or still may.
         verdict: None while it is open.
         certificate: hash of the certificate of a PASS.
+        sealed: hash of the costs behind "no solution found".
         burnt: its numbers were looked at.
-        labelled: people's labels of it were judged.
+        labels: hash of the judgement of people's labels.
     """
 
     number: int
@@ -75,8 +76,9 @@ class Test:
     prompts: frozenset[str]
     verdict: str | None = None
     certificate: str | None = None
+    sealed: str | None = None
     burnt: bool = False
-    labelled: bool = False
+    labels: str | None = None
 
 
 def continuable(test: Test) -> bool:
@@ -135,37 +137,53 @@ def replay(lines: list[dict[str, Any]]) -> dict[int, Test]:
     """The tests that the lines tell of.
 
     Raises:
-        InputError: a line that cannot follow those before it.
+        InputError: a line that cannot follow those before it, or that lacks what it must say.
     """
     tests: dict[int, Test] = {}
     for number, line in enumerate(lines[1:], start=2):
-        kind, test = line.get("kind"), line.get("test")
-        known = tests.get(test) if isinstance(test, int) else None
-        if kind == "open" and test == len(tests) + 1:
-            prompts = frozenset(line["prompts"])
-            tests[test] = Test(test, (line["plan"],), line["previous"], prompts)
-        elif kind == "continue" and known and continuable(known):
-            tests[known.number] = replace(
-                known,
-                plans=(*known.plans, line["plan"]),
-                prompts=known.prompts | frozenset(line["prompts"]),
-                verdict=None,
-            )
-        elif kind == "close" and known and known.verdict is None:
-            tests[known.number] = replace(
-                known,
-                verdict=line["verdict"],
-                certificate=line["certificate"],
-                prompts=known.prompts - frozenset(line["unused"]),
-                burnt=line["verdict"] == "PASS",  # its certificate publishes the costs
-            )
-        elif kind == "burn" and known and known.verdict is not None:
-            tests[known.number] = replace(known, burnt=True)
-        elif kind == "labels" and known and known.verdict == "PASS" and not known.labelled:
-            tests[known.number] = replace(known, labelled=True)
-        else:
-            raise InputError(f"line {number}: {kind} of test {test} cannot stand there")
+        try:
+            _replay_line(tests, number, line)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(
+                f"line {number}: not a line of a ledger ({type(error).__name__}: {error})"
+            ) from error
     return tests
+
+
+def _replay_line(tests: dict[int, Test], number: int, line: dict[str, Any]) -> None:
+    kind, test = line.get("kind"), line.get("test")
+    known = tests.get(test) if isinstance(test, int) else None
+    if kind == "open" and test == len(tests) + 1:
+        prompts = _listed(line["prompts"])
+        tests[test] = Test(test, (line["plan"],), line["previous"], prompts)
+    elif kind == "continue" and known and continuable(known):
+        tests[known.number] = replace(
+            known,
+            plans=(*known.plans, line["plan"]),
+            prompts=known.prompts | _listed(line["prompts"]),
+            verdict=None,
+        )
+    elif kind == "close" and known and known.verdict is None:
+        tests[known.number] = replace(
+            known,
+            verdict=line["verdict"],
+            certificate=line["certificate"],
+            sealed=line["sealed"],
+            prompts=known.prompts - _listed(line["unused"]),
+            burnt=line["verdict"] == "PASS",  # its certificate publishes the costs
+        )
+    elif kind == "burn" and known and known.verdict is not None:
+        tests[known.number] = replace(known, burnt=True)
+    elif kind == "labels" and known and known.verdict == "PASS" and not known.labels:
+        tests[known.number] = replace(known, labels=line["labels"])
+    else:
+        raise InputError(f"line {number}: {kind} of test {test} cannot stand there")
+
+
+def _listed(keys: Any) -> frozenset[str]:
+    if not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise TypeError(f"expected a list of prompt keys, got {type(keys).__name__}")
+    return frozenset(keys)
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -230,6 +248,14 @@ def parse(content: bytes, path: Path) -> list[dict[str, Any]]:
     first = lines[0]
     if first.get("kind") != "ledger" or first.get("schema") != SCHEMA:
         raise InputError(f"{path} is not a ledger of schema {SCHEMA}")
+    delta, schedule, identity = (first.get(key) for key in ("delta", "schedule", "id"))
+    if not (
+        isinstance(delta, float)
+        and 0 < delta < 1
+        and schedule in SCHEDULES
+        and isinstance(identity, str)
+    ):
+        raise InputError(f"{path}, line 1: not the first line of a ledger")
     try:
         replay(lines)
     except InputError as error:
@@ -253,7 +279,7 @@ def locked(
         InputError: the ledger is damaged, promises something else, or was there and is gone.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    lock = FileLock(_lock_file(path))
     try:
         lock.acquire(timeout=60)
     except Timeout as error:
@@ -270,6 +296,7 @@ def locked(
             }
             append(Ledger(path, []), first, state)
         ledger = read(path, state)
+        _remember(ledger, state)  # a process may have died between a line and its remembrance
         check_claim(ledger, delta, schedule)
         yield ledger
 
@@ -303,8 +330,9 @@ def running(ledger: Ledger, test: int) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
+        # While it is held: a lock file that is removed later may be another process's.
         path.unlink(missing_ok=True)
+        lock.release()
 
 
 def append(ledger: Ledger, fields: Mapping[str, Any], state: Path | None = None) -> Ledger:
@@ -316,6 +344,7 @@ def append(ledger: Ledger, fields: Mapping[str, Any], state: Path | None = None)
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     record["hash"] = sealed_hash(record)
+    replay([*ledger.lines, record])  # never write what no later run could read
     with ledger.path.open("ab") as file:
         file.write(canonical(record).encode() + b"\n")
         file.flush()
@@ -368,35 +397,52 @@ def close_test(
     test: int,
     verdict: str,
     certificate: str | None,
+    sealed: str | None = None,
     unused: Collection[str] = (),
     state: Path | None = None,
 ) -> Ledger:
     """The close line; with the same content as one that is there already, nothing is added.
 
     Args:
+        certificate: hash of the certificate of a PASS.
+        sealed: hash of the costs behind "no solution found".
         unused: keys of prompts that a sequential test did not come to. No response was drawn for
             them, so they stay fresh.
 
     Raises:
         InputError: the test was closed with another result.
     """
-    known = ledger.tests[test - 1]
-    if known.verdict is not None:
-        if (known.verdict, known.certificate) != (verdict, certificate):
-            raise InputError(
-                f"{ledger.path} says {known.verdict} for test {test}, and this run found another "
-                "result for the same plan; the responses were not reproduced, so nothing is "
-                "released"
-            )
+    require_same_result(ledger, test, verdict, certificate, sealed)
+    if ledger.tests[test - 1].verdict is not None:
         return ledger
     fields = {
         "kind": "close",
         "test": test,
         "verdict": verdict,
         "certificate": certificate,
+        "sealed": sealed,
         "unused": sorted(short_keys(unused)),
     }
     return append(ledger, fields, state)
+
+
+def require_same_result(
+    ledger: Ledger, test: int, verdict: str, certificate: str | None, sealed: str | None
+) -> None:
+    """
+    Raises:
+        InputError: the test was closed before, with another result.
+    """
+    known = ledger.tests[test - 1]
+    if known.verdict is not None and (known.verdict, known.certificate, known.sealed) != (
+        verdict,
+        certificate,
+        sealed,
+    ):
+        raise InputError(
+            f"{ledger.path} says {known.verdict} for test {test}, and this run found another "
+            "result for the same plan; the responses were not reproduced, so nothing is released"
+        )
 
 
 def short_keys(prompts: Collection[str]) -> frozenset[str]:
@@ -484,13 +530,28 @@ def forget(path: Path, state: Path | None = None) -> bool:
 
 
 def drop_torn_line(path: Path) -> int:
-    """Cuts a last line that was not written to its end; returns how many bytes."""
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) == len(content):
-        return 0
-    parse(whole, path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(whole)
-    os.replace(temporary, path)
-    return len(content) - len(whole)
+    """Cuts a last line that was not written to its end; returns how many bytes.
+
+    Raises:
+        InputError: no such file, or damage beyond its last line.
+    """
+    with FileLock(_lock_file(path)):
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"{path} cannot be read ({error.strerror})") from error
+        whole = content[: content.rfind(b"\n") + 1]
+        if len(whole) == len(content):
+            return 0
+        if not whole:  # not even its first line: no test was opened
+            path.unlink()
+            return len(content)
+        parse(whole, path)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(whole)
+        os.replace(temporary, path)
+        return len(content) - len(whole)
+
+
+def _lock_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")

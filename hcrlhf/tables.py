@@ -6,6 +6,7 @@ import csv
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,12 @@ def read_table(
             f"{path} has no column {cost!r}; its columns are {', '.join(map(str, columns))} "
             "(--cost-column names another)"
         )
-    named = prompt in columns
+    named = any(prompt in row for row in rows)
     groups: dict[str, list[float]] = {}
     for number, row in enumerate(rows, start=1):
-        key = str(row.get(prompt)) if named else str(number)
+        if named and row.get(prompt) in (None, ""):
+            raise InputError(f"{path}, row {number}: the {prompt} is missing")
+        key = str(row[prompt]) if named else str(number)
         groups.setdefault(key, []).append(_cost(path, number, row.get(cost)))
     repeated = len(rows) - len(groups)
     if repeated and aggregate is None:
@@ -79,14 +82,20 @@ def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+LARGEST = 1e12  # far beyond any score, and far from where squares overflow
+
+
 def _cost(path: Path, number: int, value: Any) -> float:
     try:
-        number_read = float(value)
-    except (TypeError, ValueError):
-        number_read = math.nan
-    if isinstance(value, bool) or not math.isfinite(number_read):
-        raise InputError(f"{path}, row {number}: the cost is {value!r}, expected a finite number")
-    return number_read
+        cost = math.nan if "_" in str(value) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        cost = math.nan
+    if isinstance(value, bool) or not abs(cost) <= LARGEST:
+        raise InputError(
+            f"{path}, row {number}: the cost is {repr(value)[:40]}, expected a number of at most "
+            f"{LARGEST:g} in size"
+        )
+    return cost + 0.0  # -0.0 is 0.0
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -106,7 +115,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             return
         with _open(path) as file:
             if suffix == ".csv":
-                yield from csv.DictReader(file)
+                reader = csv.DictReader(file)
+                names = list(reader.fieldnames or [])
+                if len(set(names)) < len(names):
+                    raise InputError(f"{path}: a column stands twice: {', '.join(names)}")
+                yield from reader
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
@@ -114,7 +127,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     if not isinstance(row, dict):
                         raise InputError(f"{path}, line {number}: expected a JSON object")
                     yield row
-    except (OSError, ValueError, csv.Error, EOFError) as error:
+    except (OSError, ValueError, csv.Error, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be parsed ({type(error).__name__}: {error})") from error
 
 
@@ -130,6 +143,7 @@ def retrospective_order(costs: Floats) -> list[int]:
     Sorted, then the i-th smallest is placed by SHA-256("order/digest/i"), with the digest of all
     sorted costs: whoever hands in the rows in another order gets the same bound.
     """
+    costs = costs + 0.0  # -0.0 and 0.0 are one cost
     ascending = np.argsort(costs, kind="stable")
     digest = sha256(*(repr(float(c)) for c in costs[ascending]))
     places = sorted(range(costs.size), key=lambda i: sha256("order", digest, str(i)))

@@ -199,15 +199,6 @@ def test_a_chain_without_a_first_line_of_a_ledger_is_refused(path: Path) -> None
         ledgers.parse(path.read_bytes(), path)
 
 
-NO_FIELDS = pytest.mark.xfail(
-    strict=True,
-    raises=(KeyError, TypeError, ValueError, AttributeError),
-    reason="parse and replay trust the fields of a line whose hash fits; a missing or odd one is a "
-    "traceback instead of one line",
-)
-
-
-@NO_FIELDS
 @pytest.mark.parametrize("line", [0, 1])
 @pytest.mark.parametrize("value", [None, 5, [[]], {}, "gone"])
 def test_a_chain_with_odd_fields_is_refused_in_one_line(path: Path, line: int, value: Any) -> None:
@@ -285,12 +276,6 @@ def test_tearing_off_a_line_that_was_once_whole_is_no_way_to_lose_it(
     assert "its tail is missing" in capsys.readouterr().err
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=InputError,
-    reason="a first line that was torn (nothing is spent yet) can be repaired by no command: "
-    "drop_torn_line parses the empty rest and refuses",
-)
 def test_a_torn_first_line_can_be_repaired(path: Path) -> None:
     open_one(path, "one", keys(1))
     first = path.read_bytes().splitlines()[0]
@@ -300,20 +285,10 @@ def test_a_torn_first_line_can_be_repaired(path: Path) -> None:
     assert open_one(path, "one", keys(1)) == 1
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=FileNotFoundError,
-    reason="drop_torn_line reads without a guard: a path that does not exist is a traceback",
-)
 def test_cutting_in_a_file_that_is_not_there_is_bad_input(path: Path) -> None:
     assert main(["ledger", str(path), "--drop-torn-line"]) == BAD_INPUT
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="drop_torn_line does not take the ledger's lock: it may cut the line that another "
-    "process is just writing",
-)
 def test_cutting_waits_for_the_process_that_is_writing(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -469,8 +444,14 @@ def test_the_same_end_twice_adds_nothing_and_another_end_is_refused(path: Path) 
 
 OPEN = {"kind": "open", "plan": "p", "prompts": []}
 MORE = {"kind": "continue", "plan": "q", "prompts": []}
-FAIL = {"kind": "close", "verdict": "NO_SOLUTION_FOUND", "certificate": None, "unused": []}
-PASS = {"kind": "close", "verdict": "PASS", "certificate": "c", "unused": []}
+FAIL = {
+    "kind": "close",
+    "verdict": "NO_SOLUTION_FOUND",
+    "certificate": None,
+    "sealed": "s",
+    "unused": [],
+}
+PASS = {"kind": "close", "verdict": "PASS", "certificate": "c", "sealed": None, "unused": []}
 BURN = {"kind": "burn"}
 LEGAL: list[list[tuple[dict[str, Any], Any]]] = [
     [(OPEN, 1), (OPEN, 2), (FAIL, 2), (FAIL, 1), (OPEN, 3)],
@@ -705,34 +686,28 @@ def test_a_process_that_was_killed_leaves_its_test_free(path: Path) -> None:
         pass
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="running() unlinks its lock file after it let it go: who took the lock in between holds "
-    "a file without a name, and a third process may take a new one",
-)
 def test_two_processes_cannot_run_a_test_while_a_third_lets_it_go(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     open_one(path, "one", keys(1))
     ledger = ledgers.read(path)
     unlink = Path.unlink
-    second = ledgers.running(ledger, 1)
 
     def late(self: Path, missing_ok: bool = False) -> None:
         monkeypatch.setattr(Path, "unlink", unlink)
-        try:
-            second.__enter__()  # between the release and the unlink of the first
-        finally:
-            unlink(self, missing_ok)
+        with pytest.raises(InputError, match="another process"), ledgers.running(ledger, 1):
+            pass  # while the first lets go
+        unlink(self, missing_ok)
 
     monkeypatch.setattr(Path, "unlink", late)
     with ledgers.running(ledger, 1):
         pass
-    try:
-        with pytest.raises(InputError, match="another process"), ledgers.running(ledger, 1):
-            pass
-    finally:
-        second.__exit__(None, None, None)
+    with (
+        ledgers.running(ledger, 1),
+        pytest.raises(InputError, match="another process"),
+        ledgers.running(ledger, 1),
+    ):
+        pass
 
 
 # -- the command -----------------------------------------------------------------------------------

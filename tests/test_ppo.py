@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.learner import Targets
 from hcrlhf.ppo import (
@@ -121,7 +122,9 @@ def test_the_dual_never_sees_the_kl() -> None:
     assert far.kl.abs().sum() > 1 and near.kl.abs().sum() == 0
     found = []
     for rollout in (far, near):
-        scores, violations = Policy("sft", "reward", "cost")._constrain(rollout)
+        scores, violations = Policy("sft", "reward", "cost", [Constraint("mean", 0.0)])._constrain(
+            rollout
+        )
         found.append((scores.tolist(), violations))
     assert found[0] == found[1]
 

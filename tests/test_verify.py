@@ -212,11 +212,6 @@ def test_every_byte_of_the_verdict_and_the_plan_hash_in_verdict_json(run: Path) 
             assert failures(run) == ["verdict.json says the same"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="of verdict.json only `verdict` and `plan_hash` are compared: schema and the words of "
-    "`reason` may say anything, and so may further keys",
-)
 def test_random_bytes_of_verdict_json(run: Path) -> None:
     path = run / "verdict.json"
     content = path.read_bytes()
@@ -233,10 +228,6 @@ def test_random_bytes_of_the_page(run: Path) -> None:
         assert failures(run) or b"\r" in changed, changed
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the page is read with universal newlines, so \\r for \\n is not seen: compare bytes",
-)
 def test_another_line_end_on_the_page_is_noticed(run: Path) -> None:
     path = run / "certificate.md"
     path.write_bytes(path.read_bytes()[:-1] + b"\r")
@@ -267,11 +258,6 @@ def test_a_changed_prompt_response_or_cost_in_the_file_of_responses(run: Path, c
     assert failures(run)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="responses_sha256 is over prompt hash and response; the prompt's `text` in the same row "
-    "is bound by nothing (further keys neither), so the question to an answer can be changed",
-)
 def test_random_bytes_of_the_file_of_responses(run: Path) -> None:
     path = run / "responses.jsonl"
     content = path.read_bytes()
@@ -503,7 +489,10 @@ def test_costs_taken_from_another_certificate_are_noticed(run: Path, tmp_path: P
 def test_a_file_of_responses_of_another_run_is_noticed(run: Path, tmp_path: Path) -> None:
     other = passed_run(tmp_path, "other", offset=-0.1)
     shutil.copy(other / "responses.jsonl", run)
-    assert failures(run) == ["the texts in responses.jsonl", "the costs in responses.jsonl"]
+    assert failures(run) == [
+        "prompts and responses in responses.jsonl",
+        "the costs in responses.jsonl",
+    ]
 
 
 def test_the_certificate_of_another_policy_is_noticed(run: Path, tmp_path: Path) -> None:
@@ -523,12 +512,6 @@ def test_a_retrospective_certificate_is_no_committed_one(run: Path, record: Reco
         assert failures(run)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a certificate of kind retrospective may carry a plan and a ledger, which are then not "
-    "checked; its page drops the word retrospective and names policy, plan and ledger: require "
-    "both to be null",
-)
 def test_a_retrospective_certificate_cannot_dress_up_as_a_committed_one(
     record: Record, tmp_path: Path
 ) -> None:
@@ -546,11 +529,6 @@ def test_a_retrospective_certificate_cannot_dress_up_as_a_committed_one(
     assert failures(out)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="`kind` is compared with 'retrospective' only; any other text counts as committed, and "
-    "unknown keys are accepted (without a ledger nothing else would notice)",
-)
 @pytest.mark.parametrize("addition", [{"kind": "approved"}, {"endorsed_by": "an authority"}])
 def test_words_that_no_version_writes_are_noticed_without_a_ledger(
     record: Record, tmp_path: Path, addition: Record
@@ -629,10 +607,6 @@ def write_forged(path: Path, record: Any) -> None:
     path.write_text(json.dumps(record))
 
 
-# What some garbage ends in today; the tests below want a failed check in its place.
-CRASHES = (ArithmeticError, AssertionError)
-
-
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_garbage_anywhere_in_the_certificate_is_noticed(run: Path) -> None:
     honest = read_json(run / "certificate.json")
@@ -644,23 +618,11 @@ def test_garbage_anywhere_in_the_certificate_is_noticed(run: Path) -> None:
             if place == ("hash",) or forged == honest:
                 continue
             write_forged(run / "certificate.json", forged)
-            try:
-                assert failures(run), (place, value)
-            except CRASHES:
-                continue
+            assert failures(run), (place, value)
             count += 1
     assert count > 500
 
 
-DECIMAL = "decimal.InvalidOperation is an ArithmeticError, which _run does not catch"
-
-
-@pytest.mark.xfail(
-    strict=True,
-    raises=(*CRASHES, MemoryError, OSError),
-    reason=f"tracebacks: {DECIMAL}; a bound without its range is an assert; safety_prompts is "
-    "allocated before anything else is checked; a name that is too long is an OSError",
-)
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -682,12 +644,6 @@ def test_no_garbage_ends_in_a_traceback(
     assert main(["verify", str(run / "certificate.json")]) == FAILED
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=UnicodeEncodeError,
-    reason="what a certificate says is printed as it is: a lone surrogate ends in a traceback (and "
-    "ESC sequences reach the terminal)",
-)
 def test_what_cannot_be_printed_is_no_traceback(
     run: Path, record: Record, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -737,11 +693,6 @@ def test_a_key_that_stands_twice_in_plan_or_verdict_is_refused(run: Path) -> Non
     assert failures(run) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the ledger's file name is printed as it is: with line ends in it a certificate writes "
-    "lines of its own into the report of its verification",
-)
 def test_a_certificate_cannot_write_lines_of_the_report(
     run: Path, record: Record, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -804,13 +755,9 @@ def test_garbage_in_a_certificate_of_schema_1_is_no_traceback(first_schema: Path
         for value in draw.sample([*GARBAGE, ...], 5):
             forged = without(honest, place) if value is ... else replaced(honest, place, value)
             first_schema.write_text(json.dumps(forged))
-            try:
-                verify(first_schema)
-            except CRASHES:
-                assert place[:1] in (("bounds",), ("data",))  # see the next test
+            verify(first_schema)
 
 
-@pytest.mark.xfail(strict=True, raises=ArithmeticError, reason=DECIMAL)
 @pytest.mark.parametrize(
     ("place", "value"),
     [(("data", "costs", 0, 0), None), (("bounds", 0, "threshold"), None)],
