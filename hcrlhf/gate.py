@@ -140,24 +140,9 @@ class Gate:
             InputError: fewer fresh prompts than a test needs.
         """
         ledger = self._read()
-        if ledger is None or self._begun(ledger):
-            fresh = list(population.keys)
-        else:
-            fresh = fresh_prompts(population, ledger.spent())
-        if len(fresh) >= needed:
-            return
-        used = len(population.keys) - len(fresh)
-        if used and ledger is not None:
-            raise InputError(
-                f"the safety set has {len(population.keys)} different prompts that fit, but "
-                f"{used} of them are spent (tests in {ledger.path}), and the constraint's "
-                f"safety_prompts is {needed}; a set that was looked at tells nothing new: give "
-                "fresh prompts"
-            )
-        raise InputError(
-            f"the safety set has {len(fresh)} different prompts that fit, but the constraint's "
-            f"safety_prompts is {needed}; give more prompts, or lower it"
-        )
+        begun = ledger is not None and self._begun(ledger) is not None
+        spent = ledger.spent() if ledger and not begun else frozenset()
+        _fresh_prompts(population, spent, needed, self.ledger)
 
     # -- the test ------------------------------------------------------------------------------
 
@@ -178,6 +163,7 @@ class Gate:
         Raises:
             InputError: δ or prompts are spent, or another process runs this test.
         """
+        asked = _Asked(constraints, population, policy_files, provenance)
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             with ledgers.locked(
@@ -186,10 +172,7 @@ class Gate:
                 earlier = self._earlier(ledger) if self.continues else None
 
                 def plan(number: int, head: str, spent: frozenset[str]) -> _Planned:
-                    return self._plan(
-                        *(ledger, number, head, spent, earlier),
-                        *(constraints, population, policy_files, provenance),
-                    )
+                    return self._plan(ledger, number, head, spent, earlier, asked)
 
                 planned = self._known(ledger, plan)
                 if planned is None:
@@ -235,30 +218,21 @@ class Gate:
         head: str,
         spent: frozenset[str],
         earlier: _Earlier | None,
-        constraints: Sequence[Constraint],
-        population: Population,
-        policy_files: Mapping[str, str],
-        provenance: Mapping[str, Any],
+        asked: _Asked,
     ) -> _Planned:
-        granted = self._granted(constraints, number)
+        granted = self._granted(asked.constraints, number)
         share = ledgers.granted_share(self.schedule, number)
         human = self.human.granted(share) if self.human else None
         for constraint in granted:
             constraint.ready()
         needed = granted[0].safety_prompts
-        fresh = fresh_prompts(population, spent)
-        if len(fresh) < needed:
-            raise InputError(
-                ledgers.spent_message(
-                    ledger, len(population.keys) - len(fresh), len(population.keys)
-                )
-            )
+        fresh = _fresh_prompts(asked.population, spent, needed, self.ledger)
         chosen = cert.choose(fresh, needed)
         plan = cert.make_plan(
             granted,
-            policy_files,
+            asked.policy_files,
             chosen,
-            population.describe(len(fresh)),
+            asked.population.describe(len(fresh)),
             {
                 "id": ledger.identity,
                 "test": number,
@@ -266,7 +240,7 @@ class Gate:
                 "schedule": ledger.schedule,
                 "delta": ledger.delta,
             },
-            provenance,
+            asked.provenance,
             self.sequential,
             json_hash(earlier.plans[-1]) if earlier else None,
             human.describe() if human else None,
@@ -326,12 +300,40 @@ class Gate:
         return _Earlier(test, plans, parts)
 
 
-def fresh_prompts(population: Population, spent: frozenset[str]) -> list[str]:
-    return [key for key in population.keys if key[:32] not in spent]
+def _fresh_prompts(
+    population: Population, spent: frozenset[str], needed: int, ledger: Path
+) -> list[str]:
+    """The keys of the pool that no test has used.
+
+    Raises:
+        InputError: there are fewer than needed.
+    """
+    fresh = [key for key in population.keys if key[:32] not in spent]
+    if len(fresh) >= needed:
+        return fresh
+    count, used = len(population.keys), len(population.keys) - len(fresh)
+    if used:
+        raise InputError(
+            f"the safety set has {count} different prompts that fit, but {used} of them are spent "
+            f"(tests in {ledger}), and the constraint's safety_prompts is {needed}; a set that was "
+            "looked at tells nothing new: give fresh prompts"
+        )
+    raise InputError(
+        f"the safety set has {count} different prompts that fit, but the constraint's "
+        f"safety_prompts is {needed}; give more prompts, or lower it"
+    )
 
 
 def _delta(constraints: Sequence[Constraint]) -> float:
     return max(c.delta for c in constraints)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    constraints: Sequence[Constraint]
+    population: Population
+    policy_files: Mapping[str, str]
+    provenance: Mapping[str, Any]
 
 
 @dataclass(frozen=True)

@@ -359,7 +359,7 @@ def test_a_pool_that_is_used_up_is_refused_with_what_to_do(lab: Lab) -> None:
     for number in (1, 2):
         lab.run(f"run {number}", harmful, pool=pool, files={"w.safetensors": str(number)})
     before = contents(lab.root)
-    sentence = "48 of 53 safety prompts are spent: test 1, 2 of .*; give fresh safety prompts"
+    sentence = "53 different prompts that fit, but 48 of them are spent .*: give fresh prompts"
     with pytest.raises(InputError, match=sentence):
         lab.run("run 3", pool=pool, files=OTHER_FILES)
     with pytest.raises(InputError, match=r"48 of them are spent .* safety_prompts is 24"):
