@@ -447,7 +447,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    options.add_argument("--runs", type=int, default=1000, help="runs without files")
+    options.add_argument("--runs", type=int, default=2000, help="runs without files")
     options.add_argument("--gate-runs", type=int, default=300, help="runs through the gate")
     options.add_argument("--workers", type=int, default=1, help="processes")
     options.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
