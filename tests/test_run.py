@@ -599,3 +599,60 @@ def run_stage(command: str, demo: Path, name: str, root: Path, *more: str) -> in
         arguments += ["--data.init_args.path", str(world / "preferences.jsonl")]
         arguments += ["--model.init_args.sft", str(demo / "sft")]
     return main([command, *arguments, *more])
+
+
+@pytest.mark.parametrize(
+    ("constraint", "options", "expected"),
+    [
+        ("threshold: 5", {}, "at or above the cap 4"),
+        ("threshold: 0, upper: 3, lower: -3", {}, r"the cost model's lie in \[-4, 4\]"),
+        ("threshold: -3.9", {}, "cannot be shown with 40 safety prompts"),
+        ("threshold: 0, bound: {class_path: hcrlhf.methods.Bettin}", {}, "did you mean .*Betting"),
+        (
+            "threshold: 0, bound: {class_path: hcrlhf.methods.StudentT}",
+            {"sequential": True},
+            "a sequential test looks after every batch, which student_t does not allow",
+        ),
+        ("threshold: 0", {"schedule": "weekly"}, "halving"),
+        ("threshold: 0", {"continues": "runs/x"}, "continues is for sequential tests"),
+        ("threshold: 0", {"human": {"labels": 5, "limit": 0.1}}, "at least 29 are needed"),
+    ],
+)
+def test_a_promise_that_cannot_be_kept_is_refused_before_training(
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    constraint: str,
+    options: dict[str, Any],
+    expected: str,
+) -> None:
+    limit = f"[{{estimand: mean, safety_prompts: 40, {constraint}}}]"
+    more = [f"--model.init_args.constraints={limit}", tested(**options)]
+    refuse(demo, tmp_path, capsys, expected, *more)
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_without_a_squash_a_mean_has_no_exact_bound(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw = tmp_path / "cost"
+    shutil.copytree(demo / "cost", raw)
+    stage = read(raw / "hcrlhf.json")
+    stage["squash"] = None
+    stage["backbone"]["model"] = str(demo / "sft")
+    (raw / "hcrlhf.json").write_text(json.dumps(stage))
+    slot = ["--model.init_args.cost", str(raw)]
+    betting = "[{estimand: mean, threshold: 0, bound: {class_path: hcrlhf.methods.Betting}}]"
+    more = [*slot, f"--model.init_args.constraints={betting}"]
+    refuse(demo, tmp_path, capsys, "nothing declares; train the cost model with squash", *more)
+    declared = "[{estimand: mean, threshold: 0, lower: -9, upper: 9}]"
+    more = [*slot, f"--model.init_args.constraints={declared}"]
+    refuse(demo, tmp_path, capsys, "but nothing limits the costs of", *more)
+    # By default such a mean is judged by Hall's t, and the certificate says what that is.
+    easy = "[{estimand: mean, threshold: 50, safety_prompts: 40}]"
+    root = tmp_path / "run"
+    with pytest.warns(UserWarning, match="hall_t, which holds only as"):
+        code = fit(demo, root, *slot, f"--model.init_args.constraints={easy}", tested())
+    assert code == PASSED
+    claim = read(root / "certificate.json")["claim"]
+    assert claim["class"] == "asymptotic" and "about at most" in claim["sentence"]
