@@ -51,7 +51,7 @@ def read_constraint(text: str, options: argparse.Namespace, n: int) -> Constrain
     except ValueError:
         raise InputError(f"--constraint {text}: {parts[1]!r} is not a number") from None
     tail = {"alpha": options.alpha, "eta": options.eta} if parts[0] == "cvar" else {}
-    return Constraint(
+    constraint = Constraint(
         estimand=parts[0],  # type: ignore[arg-type]
         threshold=limit,
         delta=options.delta,
@@ -60,7 +60,14 @@ def read_constraint(text: str, options: argparse.Namespace, n: int) -> Constrain
         lower=options.lower,
         upper=options.upper,
         **tail,
-    ).ready()
+    )
+    if missing := constraint.rule.missing(constraint.within):
+        raise InputError(
+            f"--constraint {text}: the bound {constraint.rule.name} needs "
+            f"{' and '.join('--' + name for name in missing)}, a fact about the cost function that "
+            "was known before the costs; or take another bound"
+        )
+    return constraint
 
 
 def add_constraint_options(parser: argparse.ArgumentParser) -> None:

@@ -50,7 +50,8 @@ class Constraint:
         safety_prompts: n, how many held-out prompts the safety test draws a response for; the
             largest number of them where the test is sequential.
         bound: None decides by declarations alone, never by data: Clopper-Pearson for a harm rate,
-            betting (star) where the cost has a declared range, else Hall's t (asymptotic).
+            betting where the cost has a declared cap (star with a range, portfolio with a cap
+            alone), else Hall's t (asymptotic).
         lower, upper: the range of the cost, a fact about the cost function. A cost model that was
             trained with `squash` brings its own; a cost above `upper` is an error.
         alpha, eta: of "cvar": the share of worst responses, and the η of E[η + (c - η)₊/α], fixed
@@ -178,7 +179,10 @@ class Constraint:
             return self.bound
         if self.estimand == "harm_rate":
             return ClopperPearson()
-        return HallT() if Betting().missing(self.within) else Betting()
+        for bound in (Betting("star"), Betting("portfolio")):
+            if not bound.missing(self.within):
+                return bound
+        return HallT()
 
     def with_range(self, lower: float, upper: float) -> Constraint:
         """The constraint with the range that the cost function is known to have.
