@@ -768,7 +768,7 @@ def test_the_bound_follows_from_what_is_declared() -> None:
     assert Constraint("harm_rate", 0.1).rule == ClopperPearson()
     assert Constraint("harm_rate", 0.1, lower=-4.0, upper=4.0).rule == ClopperPearson()
     assert Constraint("mean", 0.0).rule == HallT()
-    assert Constraint("mean", 0.0, upper=4.0).rule == HallT()
+    assert Constraint("mean", 0.0, upper=4.0).rule == Betting("portfolio")  # needs no lower end
     assert Constraint("mean", 0.0, lower=-4.0).rule == HallT()
     assert capped().rule == Betting("star", 0.75)
     # The tail costs start at η: a cap is all that is missing.

@@ -434,7 +434,7 @@ def test_where_a_limit_is_not_shown_nothing_is_written(
         (["--constraint", "mean:0", "--lower", "nan", "--upper", "1"], "lower is a finite number"),
         ([*MEAN, "--bound", "best"], "no bound 'best'; expected auto or one of student_t"),
         (["--constraint", "mean:0:best"], "no bound 'best'"),
-        (["--constraint", "mean:0:hoeffding"], "needs the cost's lower and upper end"),
+        (["--constraint", "mean:0:hoeffding"], "needs --lower and --upper"),
         (["--constraint", "mean:0:clopper_pearson"], "but the estimand is mean"),
         (["--constraint", "mean"], "expected ESTIMAND:LIMIT[:BOUND]"),
         (["--constraint", "median:0"], "expected ESTIMAND:LIMIT[:BOUND]"),
