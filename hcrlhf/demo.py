@@ -228,13 +228,14 @@ class Demo:
             lines += [
                 "  policy/policy/            the released policy, a LoRA adapter for sft/",
                 "  policy/certificate.md     what was promised, and on what data",
-                f"check it without a model:    hcrlhf verify {f}/policy/certificate.json",
             ]
         lines += [
             "  policy/verdict.json       the verdict",
             "  */config.yaml, metrics.csv  what was run, and how it went",
             "  evaluation/               every answer to the evaluation prompts",
         ]
+        if passed:
+            lines.append(f"Check it without a model: hcrlhf verify {f}/policy/certificate.json")
         return "\n".join(lines)
 
 
