@@ -48,7 +48,9 @@ KNOWN_CLASSES = [
     *(f"hcrlhf.methods.{cls.__name__}" for cls in METHODS.values()),
     "hcrlhf.multiplier.FixedMultiplier",
     "hcrlhf.multiplier.LogMultiplier",
+    "hcrlhf.multiplier.PIDMultiplier",
     "hcrlhf.multiplier.ProjectedMultiplier",
+    "hcrlhf.multiplier.SoftplusMultiplier",
     "hcrlhf.ppo.PPO",
 ] + [
     f"{cls.__module__.split('.')[0]}.{cls.__name__}"
@@ -324,6 +326,7 @@ def known_keys() -> list[str]:
     classes += [SafetyTest, Checkpoint, Completions, Progress, Trainer, LoraOptions]
     classes += [constraint.Constraint, ppo.PPO, rollouts.Decoding, text.ChatFormat]
     classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier]
+    classes += [multiplier.PIDMultiplier, multiplier.SoftplusMultiplier]
     classes += list(METHODS.values())
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"class_path", "init_args", "model", "data", "trainer", "config"})

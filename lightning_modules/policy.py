@@ -28,7 +28,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.examples import Prompt
 from hcrlhf.hashing import file_sha256
 from hcrlhf.learner import Learner, Targets
-from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
+from hcrlhf.multiplier import Multiplier, MultiplierState, ProjectedMultiplier
 from hcrlhf.ppo import PPO
 from hcrlhf.preferences import squashed
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
@@ -47,6 +47,7 @@ from lightning_modules.adapter_module import AdapterModule, Schedule, add_traine
 
 ACTOR = "policy"
 REFERENCE = "sft"
+CAP_PATIENCE = 50  # updates with λ at its cap before it is said
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class Policy(AdapterModule):
         self.micro_batch_size = micro_batch_size
         self.seed = seed
         self.updates = 0
-        self.multipliers = [multiplier.initial for _ in self.constraints]
+        self.multiplier_states = [multiplier.start() for _ in self.constraints]
+        self._updates_at_cap = [0 for _ in self.constraints]
         self.variances = [RunningVariance(c.std_floor) for c in self.constraints]
         self.recent_costs: list[float] = []  # the last safety_prompts ones, for the pessimism
         self.pessimisms = [0.0 for _ in self.constraints]
@@ -139,6 +141,11 @@ class Policy(AdapterModule):
             f"cost_critic_{j}" for j in range(len(self.constraints))
         ]
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
+
+    @property
+    def multipliers(self) -> list[float]:
+        """λ of each constraint."""
+        return [state.value for state in self.multiplier_states]
 
     # -- what this stage stands on -------------------------------------------------------------
 
@@ -330,12 +337,26 @@ class Policy(AdapterModule):
             rollout = self._start_critics(rollout, scores)
         targets = self.learner.targets(rollout, scores, self.multipliers, self.kl_coefficient)
         statistics = self._improve(rollout, targets)
-        self.multipliers = [
-            self.multiplier.update(value, g)
-            for value, g in zip(self.multipliers, violations, strict=True)
+        self.multiplier_states = [
+            self.multiplier.step(state, g)
+            for state, g in zip(self.multiplier_states, violations, strict=True)
         ]
         self.updates += 1
         self._report(rollout, violations, statistics)
+        self._warn_at_cap(rollout)
+
+    def _warn_at_cap(self, rollout: Rollout) -> None:
+        """Says so when a multiplier has stayed at its cap: more of it will not help."""
+        for j, constraint in enumerate(self.constraints):
+            at_cap = self.multipliers[j] >= self.multiplier.maximum
+            self._updates_at_cap[j] = self._updates_at_cap[j] + 1 if at_cap else 0
+            if self._updates_at_cap[j] == CAP_PATIENCE:
+                rank_zero_warn(
+                    f"λ of the {constraint.label} has been at its cap {self.multiplier.maximum:g} "
+                    f"for {CAP_PATIENCE} updates: the constraint may not be reachable from this "
+                    f"reference; forecast of the bound {constraint.forecast(rollout.costs):.3g}, "
+                    f"limit {constraint.threshold:g}"
+                )
 
     def _constrain(self, rollout: Rollout) -> tuple[Tensor, list[float]]:
         """Scores per stream (1 + C, B): reward and pessimistic costs; and every violation g."""
@@ -591,7 +612,7 @@ class Policy(AdapterModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["policy"] = {
             "updates": self.updates,
-            "multipliers": list(self.multipliers),
+            "multipliers": [[s.value, *s.memory] for s in self.multiplier_states],
             "variances": [[v.mean, v.weight] for v in self.variances],
             "recent_costs": list(self.recent_costs),
             "pessimisms": list(self.pessimisms),
@@ -605,7 +626,10 @@ class Policy(AdapterModule):
                 f"{len(self.constraints)}; resume with the constraints of the original run"
             )
         self.updates = int(state["updates"])
-        self.multipliers = [float(m) for m in state["multipliers"]]
+        self.multiplier_states = [
+            MultiplierState(float(value), tuple(float(m) for m in memory))
+            for value, *memory in state["multipliers"]
+        ]
         for variance, (mean, weight) in zip(self.variances, state["variances"], strict=True):
             variance.mean, variance.weight = float(mean), float(weight)
         self.recent_costs = [float(c) for c in state["recent_costs"]]
