@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -17,13 +18,17 @@ from hcrlhf.certificate import VERDICT_FILE, Verdict
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
 from hcrlhf.gate import Gate, Population, SafetyTrial
-from hcrlhf.hashing import folder_hashes, write_json
+from hcrlhf.hashing import folder_hashes, sha256, write_json
 from hcrlhf.human import HumanLabels
 from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import Schedule
 from hcrlhf.safety import HoldsSafetyPrompts, SafetyTestable
 from hcrlhf.splits import require_disjoint
 
+NO_CANDIDATE = (
+    "the forecast on validation prompts lies above a limit; the safety set was not looked at and "
+    "no delta was spent"
+)
 PACKAGES = ("torch", "transformers", "peft", "numpy", "scipy")
 
 
@@ -47,6 +52,9 @@ class SafetyTest(Callback):
             and there is no second.
         continues: folder of a run whose sequential test was undecided; this test goes on with
             fresh prompts, the same policy and the same δ.
+        candidate_check: before a test is opened, forecast every bound from responses to the
+            validation prompts; if one lies above its limit the run ends in "no solution found"
+            without a look at the safety set and without spending δ.
         human: how many responses people will label after a PASS, and what will be claimed from
             their labels (`hcrlhf human`).
 
@@ -63,6 +71,7 @@ class SafetyTest(Callback):
         ledger: str | None = None,
         schedule: Schedule = "halving",
         continues: str | None = None,
+        candidate_check: bool = True,
         human: HumanLabels | None = None,
     ) -> None:
         if batch_size < 1:
@@ -74,6 +83,7 @@ class SafetyTest(Callback):
         self.ledger = ledger
         self.schedule: Schedule = schedule
         self.continues = continues
+        self.candidate_check = candidate_check
         self.human = human
         self.verdict: Verdict | None = None
         self._configured: Any = ()
@@ -106,8 +116,10 @@ class SafetyTest(Callback):
         require_disjoint(keys, pl_module.training_prompt_keys(), "safety", "earlier stages'")
         path = self._folder(trainer) / VERDICT_FILE
         if path.is_file():
-            found = json.loads(path.read_text())["verdict"]
-            if found != "NOT_TESTED":
+            record = json.loads(path.read_text())
+            found = record["verdict"]
+            # Without a plan nothing was looked at: the candidate check had ended that run.
+            if found != "NOT_TESTED" and record["plan_hash"] is not None:
                 raise InputError(
                     f"{path} already says {found}; another test is another run folder, with "
                     "prompts that no test has used"
@@ -173,11 +185,17 @@ class SafetyTest(Callback):
         """Plan, responses, decision, release; the policy is written only on PASS."""
         module = cast(SafetyTestable, pl_module)
         folder = self._folder(trainer)
+        if self.candidate_check and not self._is_candidate(trainer, pl_module):
+            self._write(trainer, "NO_SOLUTION_FOUND", NO_CANDIDATE, None)
+            return
         files = folder_hashes(self._write_policy(module, folder))
         shutil.rmtree(folder / "policy.tmp")
         constraints = module.completed(self._configured)
         with self._gate(trainer).test(
-            constraints, self._population, files, module.provenance()
+            constraints,
+            self._population,
+            files,
+            {**module.provenance(), "candidate_check": self.candidate_check},
         ) as trial:
             self._sample(trial, pl_module)
             if not trial.passed():
@@ -195,6 +213,29 @@ class SafetyTest(Callback):
             shutil.rmtree(folder / "policy", ignore_errors=True)
             os.replace(candidate, folder / "policy")
             trial.release()
+
+    def _is_candidate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
+        """Whether the forecast of every bound on the validation prompts is within its limit."""
+        module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        encoded = [e for p in data.validation_prompts if (e := encoder.encode(p)) is not None]
+        seed = sha256("candidate", str(module.updates))
+        costs = []
+        for start in range(0, len(encoded), self.batch_size):
+            batch = encoder.collate(encoded[start : start + self.batch_size])
+            costs.append(module.sample_costs(batch.to(pl_module.device), seed).costs[:, 0])
+        columns = np.concatenate(costs)
+        if not np.isfinite(columns).all():
+            return False
+        good = True
+        for j, constraint in enumerate(module.constraints):
+            forecast = constraint.forecast(columns[:, j])
+            rank_zero_info(
+                f"candidate check on {len(encoded)} validation prompts: forecast of the "
+                f"{constraint.label}'s bound {forecast:.3g}, limit {constraint.threshold:g}"
+            )
+            good = good and forecast <= constraint.threshold
+        return good
 
     def _sample(self, trial: SafetyTrial, pl_module: LightningModule) -> None:
         module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)

@@ -90,6 +90,11 @@ class Prompts(EncodedLoading):
         return self.prompts.get("safety")
 
     @property
+    def validation_prompts(self) -> list[Prompt]:
+        """Prompts that training is watched on, and a candidate is checked on."""
+        return self.prompts["validation"]
+
+    @property
     def safety_source(self) -> str:
         """Name of the file of safety prompts."""
         return Path(self.paths["safety"] or "").name

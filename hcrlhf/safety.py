@@ -73,6 +73,10 @@ class HoldsSafetyPrompts(Protocol):
         """The pool to draw from; None where the config names no safety file."""
 
     @property
+    def validation_prompts(self) -> list[Prompt]:
+        """Prompts on which a candidate is judged before the safety set is touched."""
+
+    @property
     def safety_source(self) -> str:
         """Where the pool comes from, for people."""
 

@@ -69,6 +69,14 @@ def fit(demo: Path, root: Path, *more: str) -> int:
     return main(["fit", *policy_arguments(demo, root, *more)])
 
 
+def tested(**options: Any) -> str:
+    """The callbacks of a policy run whose safety test has these options; no candidate check."""
+    given = {"candidate_check": False, **options}
+    test = {"class_path": "callbacks.SafetyTest", "init_args": given}
+    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
+    return f"--trainer.callbacks={json.dumps([every, test])}"
+
+
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -146,7 +154,9 @@ def test_a_third_party_can_verify_what_the_demo_left(
 
 def test_no_solution_found_releases_nothing_and_tells_nothing(demo: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
-    assert fit(demo, root, *NEVER) == NO_SOLUTION
+    completions = '{"class_path": "callbacks.Completions"}'
+    callbacks = tested().replace("=[", f"=[{completions}, ")
+    assert fit(demo, root, *NEVER, callbacks) == NO_SOLUTION
     verdict = read(root / "verdict.json")
     assert verdict["verdict"] == "NO_SOLUTION_FOUND"
     assert set(verdict) == {"schema", "verdict", "reason", "plan_hash"}
@@ -156,6 +166,22 @@ def test_no_solution_found_releases_nothing_and_tells_nothing(demo: Path, tmp_pa
     safety = (demo / "world" / "prompts" / "safety.jsonl").read_text().splitlines()
     shown = (root / "completions.jsonl").read_text()
     assert not any(json.loads(line)["prompt"] in shown for line in safety)
+
+
+def test_a_candidate_with_a_bad_forecast_costs_neither_delta_nor_safety_prompts(
+    demo: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "run"
+    assert fit(demo, root, *NEVER) == NO_SOLUTION
+    verdict = read(root / "verdict.json")
+    assert (verdict["verdict"], verdict["plan_hash"]) == ("NO_SOLUTION_FOUND", None)
+    assert "safety set was not looked at" in verdict["reason"]
+    for name in ("plan.json", "sealed.json", "policy"):
+        assert not (root / name).exists()
+    assert not (tmp_path / "ledger.jsonl").exists()
+    # Nothing was looked at, so the same folder may be tested: a candidate by another limit.
+    checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS), *checkpoint]) == PASSED
 
 
 def test_a_policy_fit_without_a_safety_test_has_no_verdict(demo: Path) -> None:
@@ -213,7 +239,11 @@ def test_a_cost_that_is_not_a_number_never_passes(
         return samples
 
     monkeypatch.setattr(Policy, "sample_costs", spoilt)
-    assert fit(demo, tmp_path / "run", *ALWAYS) == NO_SOLUTION
+    assert fit(demo, tmp_path / "run", *ALWAYS, tested()) == NO_SOLUTION
+    assert main(["unseal", str(tmp_path / "run")]) == PASSED
+    # With the check the candidate does not even reach its test.
+    assert fit(demo, tmp_path / "checked" / "run", *ALWAYS) == NO_SOLUTION
+    assert not (tmp_path / "checked" / "ledger.jsonl").exists()
 
 
 def test_a_second_look_at_a_finished_run_is_refused(
@@ -286,13 +316,6 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(
     assert certificates[0]["bounds"] == certificates[1]["bounds"]
     # The figures before the break are kept.
     assert (part / "metrics-1.csv").is_file()
-
-
-def tested(**options: Any) -> str:
-    """The callbacks of a policy run whose safety test has these options."""
-    test = {"class_path": "callbacks.SafetyTest", "init_args": options}
-    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
-    return f"--trainer.callbacks={json.dumps([every, test])}"
 
 
 def test_a_safety_test_that_breaks_off_goes_on_where_it_was(
