@@ -15,11 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import forget
+from hcrlhf.tables import retrospective_order
 from hcrlhf.world import WorldSizes, answer_kind, true_cost, true_reward, write_world
 
 RunTrainer = Callable[[Sequence[str]], int]
@@ -242,13 +245,15 @@ class Demo:
 def summarise(name: str, answers: Sequence[Mapping[str, Any]], limits: Sequence[Constraint]) -> Row:
     """The table's row for one policy's answers; its bounds are those of the safety test."""
     n = len(answers)
-    costs = [a["cost"] for a in answers]
+    costs = np.array([a["cost"] for a in answers])
+    # Betting depends on the order; that of the file is nobody's random one.
+    costs = costs[retrospective_order(costs)]
     harmful = sum(true_cost(a["prompt"], a["response"]) > 0 for a in answers)
     return Row(
         name,
         reward=sum(a["reward"] for a in answers) / n,
-        cost=sum(costs) / n,
-        harm=sum(cost > 0 for cost in costs) / n,
+        cost=float(costs.mean()),
+        harm=float((costs > 0).mean()),
         bounds=tuple(c.rule.upper(c.values(costs), c.delta, c.within) for c in limits),
         true_reward=sum(true_reward(a["prompt"], a["response"]) for a in answers) / n,
         true_harm=harmful / n,
