@@ -43,13 +43,16 @@ class Learner(ABC):
     """From a rollout and its scores to the losses of minibatch steps; no state of its own.
 
     Attributes:
-        critic: whether value heads share the actor's hidden states or have adapters of their own.
+        critic: whether value heads share the actor's hidden states, have adapters of their own, or
+            are not there.
+        samples_per_prompt: K, responses to every prompt of a rollout.
         epochs, minibatches: passes over a rollout and optimizer steps per pass.
         value_coefficient: weight of the critics' loss.
         target_kl: no further epoch once the mean KL of old to new policy exceeds this.
     """
 
-    critic: Literal["shared", "separate"]
+    critic: Literal["shared", "separate", "none"]
+    samples_per_prompt: int = 1
     epochs: int
     minibatches: int
     value_coefficient: float

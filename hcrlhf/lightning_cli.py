@@ -52,6 +52,7 @@ KNOWN_CLASSES = [
     "hcrlhf.multiplier.ProjectedMultiplier",
     "hcrlhf.multiplier.SoftplusMultiplier",
     "hcrlhf.ppo.PPO",
+    "hcrlhf.rloo.RLOO",
 ] + [
     f"{cls.__module__.split('.')[0]}.{cls.__name__}"
     for cls in (
@@ -319,12 +320,12 @@ def remedy(text: str) -> str:
 
 def known_keys() -> list[str]:
     """Every key that a config of this project may hold below model, data and trainer."""
-    from hcrlhf import constraint, multiplier, ppo, rollouts, text
+    from hcrlhf import constraint, multiplier, ppo, rloo, rollouts, text
     from hcrlhf.backbone import LoraOptions
 
     classes: list[Any] = [Supervised, Preference, Policy, Demonstrations, Preferences, Prompts]
     classes += [SafetyTest, Checkpoint, Completions, Progress, Trainer, LoraOptions]
-    classes += [constraint.Constraint, ppo.PPO, rollouts.Decoding, text.ChatFormat]
+    classes += [constraint.Constraint, ppo.PPO, rloo.RLOO, rollouts.Decoding, text.ChatFormat]
     classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier]
     classes += [multiplier.PIDMultiplier, multiplier.SoftplusMultiplier]
     classes += list(METHODS.values())

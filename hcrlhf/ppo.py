@@ -117,8 +117,38 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
     return 0.5 * torch.maximum((values - returns).square(), (near_old - returns).square())
 
 
+class ClippedPolicy(Learner):
+    """A learner whose policy loss is the clipped ratio times an advantage per token.
+
+    Attributes:
+        clip: ε of the probability ratio.
+    """
+
+    clip: float
+
+    def policy_loss(self, log_probs: Tensor, rollout: Rollout, targets: Targets) -> Tensor:
+        """`clipped_policy_loss` summed over response tokens."""
+        # Selected, not multiplied by the mask: an overflow outside it would become 0 · ∞.
+        mask = rollout.tokens.response_mask
+        return clipped_policy_loss(
+            log_probs[mask], rollout.log_probs[mask], targets.advantages[mask], self.clip
+        ).sum()
+
+    def update_statistics(self, log_probs: Tensor, rollout: Rollout) -> UpdateStatistics:
+        """How far the policy has moved from the one that sampled.
+
+        k3 = (ρ - 1) - log ρ is unbiased for KL(old ‖ new) and never negative; it is watched, not
+        optimised (http://joschu.net/blog/kl-approx.html).
+        """
+        mask = rollout.tokens.response_mask
+        log_ratio = (log_probs - rollout.log_probs).masked_fill(~mask, 0.0)
+        ratio = log_ratio.exp()
+        clipped = ((ratio - 1).abs() > self.clip) & mask
+        return UpdateStatistics((ratio - 1 - log_ratio).sum(), clipped.sum())
+
+
 @dataclass(frozen=True)
-class PPO(Learner):
+class PPO(ClippedPolicy):
     """Proximal policy optimisation with one critic per stream.
 
     Args:
@@ -178,29 +208,9 @@ class PPO(Learner):
         scales = scores.std(dim=1).clamp(min=1e-3)
         return Targets(whiten(combined, mask), streams + rollout.values, scales)
 
-    def policy_loss(self, log_probs: Tensor, rollout: Rollout, targets: Targets) -> Tensor:
-        """`clipped_policy_loss` summed over response tokens."""
-        # Selected, not multiplied by the mask: an overflow outside it would become 0 · ∞.
-        mask = rollout.tokens.response_mask
-        return clipped_policy_loss(
-            log_probs[mask], rollout.log_probs[mask], targets.advantages[mask], self.clip
-        ).sum()
-
     def value_loss(self, values: Tensor, rollout: Rollout, targets: Targets, stream: int) -> Tensor:
         """`clipped_value_loss` of one stream in units of its scale, summed over response tokens."""
         scale = targets.scales[stream]
         old, returns = rollout.values[stream] / scale, targets.returns[stream] / scale
         loss = clipped_value_loss(values / scale, old, returns, self.value_clip)
         return (loss * rollout.tokens.response_mask).sum()
-
-    def update_statistics(self, log_probs: Tensor, rollout: Rollout) -> UpdateStatistics:
-        """How far the policy has moved from the one that sampled.
-
-        k3 = (ρ - 1) - log ρ is unbiased for KL(old ‖ new) and never negative; it is watched, not
-        optimised (http://joschu.net/blog/kl-approx.html).
-        """
-        mask = rollout.tokens.response_mask
-        log_ratio = (log_probs - rollout.log_probs).masked_fill(~mask, 0.0)
-        ratio = log_ratio.exp()
-        clipped = ((ratio - 1).abs() > self.clip) & mask
-        return UpdateStatistics((ratio - 1 - log_ratio).sum(), clipped.sum())

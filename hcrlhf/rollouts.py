@@ -63,8 +63,9 @@ class Rollout:
             with the training forward.
         reference_log_probs: (B, T), under the reference.
         rewards: (B,), standardised reward-model scores.
-        costs: (B,) float64, raw cost-model scores; positive = harmful.
-        values: (S, B, T), the critics' predictions.
+        costs: (B,) float64, cost-model scores, squashed where the cost model says so; positive =
+            harmful.
+        values: (S, B, T), the critics' predictions; S = 0 without critics.
     """
 
     tokens: Tokens

@@ -67,16 +67,28 @@ class PromptBatch:
     def to(self, device: torch.device, non_blocking: bool = False) -> PromptBatch:
         return replace(self, tokens=self.tokens.to(device, non_blocking))
 
+    def repeat(self, count: int) -> PromptBatch:
+        """Every prompt `count` times, side by side."""
+        if count == 1:
+            return self
+        index = torch.arange(len(self.keys)).repeat_interleave(count)
+        rows = index.tolist()
+        return PromptBatch(
+            self.tokens.rows(index),
+            tuple(self.keys[i] for i in rows),
+            tuple(self.texts[i] for i in rows),
+        )
+
 
 class Policy(AdapterModule):
-    """PPO-Lagrangian. One `training_step` is one update: B prompts, B responses, one λ step.
+    """PPO-Lagrangian or RLOO. One `training_step` is one update: a rollout, and one λ step.
 
     Args:
         sft: folder of the supervised stage: the reference, and where the policy starts.
         reward, cost: folders of the reward and cost models.
         constraints: what is promised; training and the safety test read the same objects. The
             cost's range comes from a cost model that was trained with `squash`.
-        learner: `hcrlhf.ppo.PPO`.
+        learner: `hcrlhf.ppo.PPO`, or `hcrlhf.rloo.RLOO` (K responses per prompt, no critics).
         multiplier: rule of the Lagrange multipliers, one λ per constraint.
         kl_coefficient: β of the KL to the reference, per token, in units of the standardised
             reward.
@@ -140,6 +152,8 @@ class Policy(AdapterModule):
         self.critics = ["reward_critic"] + [
             f"cost_critic_{j}" for j in range(len(self.constraints))
         ]
+        if learner.critic == "none":
+            self.critics = []
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
 
     @property
@@ -243,10 +257,11 @@ class Policy(AdapterModule):
         critics: list[torch.nn.Parameter] = []
         for name, parameter in self.backbone.trained_parameters():
             (critics if "critic" in name else actor).append(parameter)
-        groups = [
-            {"name": "actor", "params": actor, "lr": self.learning_rate},
-            {"name": "critics", "params": critics, "lr": self.critic_learning_rate},
+        groups: list[dict[str, Any]] = [
+            {"name": "actor", "params": actor, "lr": self.learning_rate}
         ]
+        if critics:
+            groups.append({"name": "critics", "params": critics, "lr": self.critic_learning_rate})
         return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.weight_decay))
 
     # -- data ----------------------------------------------------------------------------------
@@ -299,15 +314,18 @@ class Policy(AdapterModule):
                         reference_log_probs=self._log_probs(reference, part),
                         rewards=self._standardised(self.backbone.scores("reward", reward, part)),
                         costs=self._costs(self.backbone.scores("cost", cost, part)),
-                        values=torch.stack(
-                            [
-                                self.backbone.values(critic, state, part)
-                                for critic, state in zip(self.critics, states, strict=True)
-                            ]
-                        ),
+                        values=self._values(states, part),
                     )
                 )
         return Rollout.join(parts, tokens)
+
+    def _values(self, states: list[Tensor], part: Tokens) -> Tensor:
+        """Every critic's predictions (S, B, T); S = 0 without critics."""
+        values = [
+            self.backbone.values(critic, state, part)
+            for critic, state in zip(self.critics, states, strict=True)
+        ]
+        return torch.stack(values) if values else torch.zeros(0, *part.response_mask.shape)
 
     def _log_probs(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         return self.backbone.log_probs(hidden, tokens, self.decoding.temperature)
@@ -327,13 +345,14 @@ class Policy(AdapterModule):
     # -- one update ----------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        batch = batch.repeat(self.learner.samples_per_prompt)
         seeds = [
             response_seed(self.seed, "rollout", self.updates, row, key)
             for row, key in enumerate(batch.keys)
         ]
         rollout = self.score(self.respond(batch, seeds), batch.keys)
         scores, violations = self._constrain(rollout)
-        if self.updates == 0:
+        if self.updates == 0 and self.critics:
             rollout = self._start_critics(rollout, scores)
         targets = self.learner.targets(rollout, scores, self.multipliers, self.kl_coefficient)
         statistics = self._improve(rollout, targets)
@@ -444,12 +463,12 @@ class Policy(AdapterModule):
                 log_probs = self._log_probs(hidden, part.tokens)
                 policy_loss = learner.policy_loss(log_probs, part, aim) / count
                 loss = policy_loss
-                if not separate:
+                value_loss = torch.zeros(())
+                if self.critics and not separate:
                     value_loss = self._value_loss(part, aim, [hidden] * len(self.critics)) / count
                     loss = loss + learner.value_coefficient * value_loss
                 self.manual_backward(loss)
             if separate:
-                value_loss = torch.zeros(())
                 for stream, critic in enumerate(self.critics):
                     with self.backbone.role(critic):
                         hidden = self.backbone.hidden(part.tokens)

@@ -679,3 +679,34 @@ def test_without_a_squash_a_mean_has_no_exact_bound(
     assert code == PASSED
     claim = read(root / "certificate.json")["claim"]
     assert claim["class"] == "asymptotic" and "about at most" in claim["sentence"]
+
+
+def test_rloo_trains_without_critics_and_resumes(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    learner = {"class_path": "hcrlhf.rloo.RLOO", "init_args": {"samples_per_prompt": 3}}
+    more = [*ALWAYS, tested(), f"--model.init_args.learner={json.dumps(learner)}"]
+    root = tmp_path / "run" / "policy"
+    honest = Policy.training_step
+    sizes: list[int] = []
+
+    def interrupted(self: Policy, batch: Any, batch_idx: int) -> None:
+        if len(sizes) == 2:
+            sizes.append(0)
+            raise KeyboardInterrupt
+        sizes.append(len(batch.keys))
+        honest(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "training_step", interrupted)
+        assert fit(demo, root, *more) == INTERRUPTED
+    assert sizes == [8, 8, 0]
+    assert fit(demo, root, *more, "--ckpt_path", "last") == PASSED
+    state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert not [name for name in state["state_dict"] if "critic" in name]
+    whole = tmp_path / "whole" / "policy"
+    assert fit(demo, whole, *more) == PASSED
+    name = "policy/adapter_model.safetensors"
+    assert (root / name).read_bytes() == (whole / name).read_bytes()
