@@ -11,7 +11,10 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # A config that changes another one is given after it.
-BASES = {ROOT / "configs/demo/unconstrained.yaml": ROOT / "configs/demo/policy.yaml"}
+BASES = {
+    ROOT / f"configs/demo/{name}.yaml": ROOT / "configs/demo/policy.yaml"
+    for name in ("unconstrained", "rloo")
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")
