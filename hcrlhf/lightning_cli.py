@@ -39,6 +39,7 @@ from hcrlhf.cli import (
 )
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import write_json
+from hcrlhf.kl import AdaptiveKL
 from hcrlhf.methods import METHODS
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.text import one_line
@@ -328,6 +329,6 @@ def known_keys() -> list[str]:
     classes += [constraint.Constraint, ppo.PPO, rloo.RLOO, rollouts.Decoding, text.ChatFormat]
     classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier]
     classes += [multiplier.PIDMultiplier, multiplier.SoftplusMultiplier]
-    classes += list(METHODS.values())
+    classes += [*METHODS.values(), AdaptiveKL]
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"class_path", "init_args", "model", "data", "trainer", "config"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from hcrlhf.constraint import (
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Prompt
 from hcrlhf.hashing import file_sha256
+from hcrlhf.kl import AdaptiveKL
 from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, MultiplierState, ProjectedMultiplier
 from hcrlhf.ppo import PPO
@@ -47,6 +49,7 @@ from lightning_modules.adapter_module import AdapterModule, Schedule, add_traine
 
 ACTOR = "policy"
 REFERENCE = "sft"
+SKIP_PATIENCE = 10  # gradients in a row that are not finite before the run stops
 CAP_PATIENCE = 50  # updates with λ at its cap before it is said
 
 
@@ -92,6 +95,10 @@ class Policy(AdapterModule):
         multiplier: rule of the Lagrange multipliers, one λ per constraint.
         kl_coefficient: β of the KL to the reference, per token, in units of the standardised
             reward.
+        adaptive_kl: steers β towards a KL per response; None keeps it.
+        score_clip: standardised rewards are clamped to ± this before the KL is added, so that a
+            single score cannot rule a rollout; None does not clamp. Costs are never clamped.
+        truncation_penalty: taken off the standardised reward of a response that was cut off.
         decoding: how responses are drawn, in training, in the safety test and when shipped.
         lora: adapter of the policy; only where the supervised stage trained the whole model.
         critic_learning_rate: of value heads and critic adapters; None takes learning_rate.
@@ -110,6 +117,9 @@ class Policy(AdapterModule):
         learner: Learner = PPO(),  # noqa: B008 (frozen)
         multiplier: Multiplier = ProjectedMultiplier(),  # noqa: B008 (frozen)
         kl_coefficient: float = 0.05,
+        adaptive_kl: AdaptiveKL | None = None,
+        score_clip: float | None = None,
+        truncation_penalty: float = 0.0,
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
         lora: LoraOptions | None = None,
         critic_learning_rate: float | None = None,
@@ -123,9 +133,15 @@ class Policy(AdapterModule):
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__(learning_rate, weight_decay, schedule, warmup, gradient_checkpointing)
-        for name, value in (("kl_coefficient", kl_coefficient), ("max_grad_norm", max_grad_norm)):
-            if value < 0:
+        for name, value in (
+            ("kl_coefficient", kl_coefficient),
+            ("max_grad_norm", max_grad_norm),
+            ("truncation_penalty", truncation_penalty),
+        ):
+            if not 0 <= value < math.inf:
                 raise InputError(f"{name} is >= 0, got {value}")
+        if score_clip is not None and not score_clip > 0:
+            raise InputError(f"score_clip is positive or null, got {score_clip}")
         if micro_batch_size is not None and micro_batch_size < 1:
             raise InputError(f"micro_batch_size is a whole number >= 1, got {micro_batch_size}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
@@ -137,6 +153,10 @@ class Policy(AdapterModule):
         self.learner = learner
         self.multiplier = multiplier
         self.kl_coefficient = kl_coefficient
+        self.adaptive_kl = adaptive_kl
+        self.score_clip = score_clip
+        self.truncation_penalty = truncation_penalty
+        self._skipped_in_a_row = 0
         self.decoding = decoding
         self.lora = lora
         self.critic_learning_rate = critic_learning_rate or learning_rate
@@ -360,6 +380,9 @@ class Policy(AdapterModule):
             self.multiplier.step(state, g)
             for state, g in zip(self.multiplier_states, violations, strict=True)
         ]
+        if self.adaptive_kl is not None:
+            kl = float(rollout.kl.sum(dim=1).mean())
+            self.kl_coefficient = self.adaptive_kl.update(self.kl_coefficient, kl)
         self.updates += 1
         self._report(rollout, violations, statistics)
         self._warn_at_cap(rollout)
@@ -384,7 +407,7 @@ class Policy(AdapterModule):
                 f"update {self.updates}: a reward or cost is not finite, so nothing can be learnt "
                 "from this rollout; lower the learning rate, or check the scorers"
             )
-        streams, violations = [rollout.rewards], []
+        streams, violations = [self._shaped_rewards(rollout)], []
         count = len(self.constraints)
         self._remember(rollout.costs)
         for constraint, variance, pessimism in zip(
@@ -400,6 +423,13 @@ class Policy(AdapterModule):
             violations.append(violation(float(values.mean()), std, pessimism, target))
             variance.update(current)
         return torch.stack(streams), violations
+
+    def _shaped_rewards(self, rollout: Rollout) -> Tensor:
+        """The standardised reward as the learner sees it: clamped, less the truncation penalty."""
+        rewards = rollout.rewards
+        if self.score_clip is not None:
+            rewards = rewards.clamp(-self.score_clip, self.score_clip)
+        return rewards - self.truncation_penalty * rollout.tokens.truncated.to(rewards)
 
     def _remember(self, costs: Floats) -> None:
         """Keeps recent costs; renews every pessimism when they have been replaced once."""
@@ -438,8 +468,10 @@ class Policy(AdapterModule):
                 norm = clip_grad_norm_(
                     [p for _, p in self.backbone.trained_parameters()], self.max_grad_norm
                 )
-                optimizer.step()
-                statistics["grad_norm"] = float(norm)
+                if self._usable(norm):
+                    optimizer.step()
+                statistics["skipped"] = float(not norm.isfinite())
+                statistics["grad_norm"] = float(norm) if norm.isfinite() else 0.0
                 epoch_kl += statistics["update_kl"] / self.learner.minibatches
                 steps += 1
                 for name, value in statistics.items():
@@ -449,6 +481,20 @@ class Policy(AdapterModule):
         schedulers: Any = self.lr_schedulers()
         schedulers.step()
         return {name: value / steps for name, value in totals.items()} | {"inner_steps": steps}
+
+    def _usable(self, norm: Tensor) -> bool:
+        """Whether a gradient may reach the optimizer; one that is not finite is skipped.
+
+        Raises:
+            FloatingPointError: too many in a row: the run will not recover by itself.
+        """
+        self._skipped_in_a_row = 0 if norm.isfinite() else self._skipped_in_a_row + 1
+        if self._skipped_in_a_row == SKIP_PATIENCE:
+            raise FloatingPointError(
+                f"update {self.updates}: {SKIP_PATIENCE} gradients in a row were not finite; lower "
+                "the learning rate, or use precision 32-true"
+            )
+        return self._skipped_in_a_row == 0
 
     def _minibatch(self, rollout: Rollout, targets: Targets) -> dict[str, float]:
         """Gradients of one minibatch, a micro-batch at a time; token means over all of it."""
@@ -508,6 +554,7 @@ class Policy(AdapterModule):
             "entropy": float(-(rollout.log_probs * mask).sum() / mask.sum()),
             "response_tokens": float(lengths.mean()),
             "truncated": float(rollout.tokens.truncated.float().mean()),
+            "kl_coefficient": self.kl_coefficient,
             **statistics,
         }
         for j, constraint in enumerate(self.constraints):
@@ -635,6 +682,7 @@ class Policy(AdapterModule):
             "variances": [[v.mean, v.weight] for v in self.variances],
             "recent_costs": list(self.recent_costs),
             "pessimisms": list(self.pessimisms),
+            "kl_coefficient": self.kl_coefficient,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -653,3 +701,5 @@ class Policy(AdapterModule):
             variance.mean, variance.weight = float(mean), float(weight)
         self.recent_costs = [float(c) for c in state["recent_costs"]]
         self.pessimisms = [float(p) for p in state["pessimisms"]]
+        if self.adaptive_kl is not None:  # a fixed one is taken from the config alone
+            self.kl_coefficient = float(state["kl_coefficient"])

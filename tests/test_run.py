@@ -710,3 +710,33 @@ def test_rloo_trains_without_critics_and_resumes(
     assert fit(demo, whole, *more) == PASSED
     name = "policy/adapter_model.safetensors"
     assert (root / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_a_bad_gradient_never_reaches_the_weights_and_the_kl_is_steered(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    honest = Policy._minibatch
+    steps: list[int] = []
+
+    def spoilt(self: Policy, *arguments: Any) -> dict[str, float]:
+        statistics = honest(self, *arguments)
+        steps.append(self.updates)
+        if len(steps) == 2:
+            for _, parameter in self.backbone.trained_parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(math.nan)
+        return statistics
+
+    monkeypatch.setattr(Policy, "_minibatch", spoilt)
+    steered = "--model.init_args.adaptive_kl={target: 0.001, gain: 0.5}"
+    root = tmp_path / "run"
+    assert fit(demo, root, *ALWAYS, tested(), steered) == PASSED
+    assert sum(column(root, "skipped")) > 0
+    state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+    coefficients = column(root, "kl_coefficient")
+    # The KL is far above its target after the first update: two rises of a tenth.
+    assert coefficients[-1] == pytest.approx(state["policy"]["kl_coefficient"])
+    assert coefficients[-1] > coefficients[0]

@@ -1,0 +1,80 @@
+"""What keeps a policy's training steady: KL control, score shaping, guarded gradients."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hcrlhf.constraint import Constraint
+from hcrlhf.errors import InputError
+from hcrlhf.kl import AdaptiveKL
+from tests.test_rloo import rollout_of
+
+
+def policy(**options: Any) -> Any:
+    from lightning_modules.policy import Policy
+
+    return Policy("sft", "reward", "cost", [Constraint("mean", 0.0)], **options)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.5),  # on target
+        (6.6, 0.5 * 1.01),  # a tenth above: a tenth of the gain
+        (60.0, 0.5 * 1.02),  # never more than a fifth of the gain
+        (0.0, 0.5 * 0.98),
+        (-3.0, 0.5 * 0.98),  # the k1 estimate of one rollout may be negative
+    ],
+)
+def test_the_kl_coefficient_follows_the_kl_slowly(kl: float, expected: float) -> None:
+    assert AdaptiveKL(target=6.0).update(0.5, kl) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("options", [{"target": 0.0}, {"target": math.nan}, {"gain": -1.0}])
+def test_a_controller_out_of_range_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(InputError, match="of the adaptive KL is positive"):
+        AdaptiveKL(**{"target": 1.0, **options})
+
+
+def test_scores_are_clamped_and_cut_responses_pay_and_costs_stay_what_they_are() -> None:
+    rollout = rollout_of(["a", "b", "c"], [[0.0]] * 3, [1, 1, 1])
+    tokens = replace(rollout.tokens, truncated=torch.tensor([False, True, True]))
+    rollout = replace(rollout, tokens=tokens, rewards=torch.tensor([9.0, 1.0, -9.0]))
+    rollout = replace(rollout, costs=np.array([8.0, -8.0, 0.5]))
+    shaped = policy(score_clip=2.0, truncation_penalty=0.5)
+    streams, _ = shaped._constrain(rollout)
+    assert streams[0].tolist() == [2.0, 0.5, -2.5]
+    plain, _ = policy()._constrain(rollout)
+    assert plain[0].tolist() == [9.0, 1.0, -9.0]
+    assert streams[1].tolist() == plain[1].tolist()
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run() -> None:
+    module = policy()
+    good, bad = torch.tensor(1.0), torch.tensor(math.nan)
+    assert module._usable(good)
+    for _ in range(9):
+        assert not module._usable(bad)
+    assert module._usable(good)  # the count begins anew
+    for _ in range(9):
+        assert not module._usable(torch.tensor(math.inf))
+    with pytest.raises(FloatingPointError, match="10 gradients in a row"):
+        module._usable(bad)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"score_clip": 0.0}, "score_clip is positive"),
+        ({"truncation_penalty": -1.0}, "truncation_penalty is >= 0"),
+        ({"truncation_penalty": math.inf}, "truncation_penalty is >= 0"),
+        ({"kl_coefficient": math.nan}, "kl_coefficient is >= 0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        policy(**options)
