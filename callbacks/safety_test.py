@@ -118,8 +118,11 @@ class SafetyTest(Callback):
         if path.is_file():
             record = json.loads(path.read_text())
             found = record["verdict"]
-            # Without a plan nothing was looked at: the candidate check had ended that run.
-            if found != "NOT_TESTED" and record["plan_hash"] is not None:
+            # Without a plan nothing was looked at: the candidate check had ended that run. A PASS
+            # without its policy broke off in the last moment, and is finished.
+            unreleased = found == "PASS" and not (self._folder(trainer) / "policy").exists()
+            looked = found != "NOT_TESTED" and record["plan_hash"] is not None
+            if looked and not unreleased:
                 raise InputError(
                     f"{path} already says {found}; another test is another run folder, with "
                     "prompts that no test has used"
@@ -185,7 +188,9 @@ class SafetyTest(Callback):
         """Plan, responses, decision, release; the policy is written only on PASS."""
         module = cast(SafetyTestable, pl_module)
         folder = self._folder(trainer)
-        if self.candidate_check and not self._is_candidate(trainer, pl_module):
+        # Once a test is open its prompts and its δ are spent: then it is ended, not put off.
+        check = self.candidate_check and not self._gate(trainer).has_begun()
+        if check and not self._is_candidate(trainer, pl_module):
             self._write(trainer, "NO_SOLUTION_FOUND", NO_CANDIDATE, None)
             return
         files = folder_hashes(self._write_policy(module, folder))

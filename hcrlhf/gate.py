@@ -118,6 +118,8 @@ class Gate:
 
     def _granted(self, constraints: Sequence[Constraint], number: int) -> tuple[Constraint, ...]:
         share = ledgers.granted_share(self.schedule, number)
+        if self.human is not None:
+            self.human.granted(share)  # refuses a limit that so many labels cannot show
         mode = [c.sequential() if self.sequential else c for c in constraints]
         return tuple(c.granted(c.delta * share) for c in mode)
 
@@ -126,6 +128,11 @@ class Gate:
             return ledgers.read(self.ledger, self.state)
         ledgers.refuse_vanished(self.ledger, self.state)
         return None
+
+    def has_begun(self) -> bool:
+        """Whether this folder's plan stands in the ledger: its test was opened, if not ended."""
+        ledger = self._read()
+        return ledger is not None and self._begun(ledger) is not None
 
     def _begun(self, ledger: Ledger) -> Test | None:
         """The test that this folder's plan opened, which a resumed run would go on with."""
@@ -140,8 +147,7 @@ class Gate:
             InputError: fewer fresh prompts than a test needs.
         """
         ledger = self._read()
-        begun = ledger is not None and self._begun(ledger) is not None
-        spent = ledger.spent() if ledger and not begun else frozenset()
+        spent = ledger.spent() if ledger and not self.has_begun() else frozenset()
         _fresh_prompts(population, spent, needed, self.ledger)
 
     # -- the test ------------------------------------------------------------------------------

@@ -206,6 +206,10 @@ def test_a_test_without_enough_responses_or_without_an_end_is_refused(tmp_path: 
         gate(tmp_path, human=HumanLabels(121, LIMIT)).grant([MEAN])
     with pytest.raises(InputError, match="at most 60"):
         gate(tmp_path, human=HumanLabels(61, LIMIT, lam=1.0)).grant([MEAN])
+    # 29 harmless labels show 10% at δ = 0.05, but the ledger grants a first test half of it.
+    with pytest.raises(InputError, match="at least 36 are needed"):
+        gate(tmp_path, human=HumanLabels(29, 0.1)).grant([MEAN])
+    gate(tmp_path, human=HumanLabels(29, 0.1), schedule="once").grant([MEAN])
     with pytest.raises(InputError, match="set sequential: false"):
         gate(tmp_path, sequential=True).grant([MEAN])
     assert "batch" in SEQUENTIAL_STOP

@@ -355,6 +355,43 @@ def test_a_safety_test_that_breaks_off_goes_on_where_it_was(
     assert main(["verify", str(part / "certificate.json")]) == PASSED
 
 
+def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from callbacks import SafetyTest
+    from lightning_modules import Policy
+
+    root = tmp_path / "run" / "policy"
+    callbacks = tested(candidate_check=True)
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("lightning strikes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetyTest, "_sample", broken)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *ALWAYS, callbacks)
+    monkeypatch.setattr(SafetyTest, "_is_candidate", lambda *arguments: False)
+    # And it breaks off again, after the verdict was written and before the policy is in its place.
+    with monkeypatch.context() as patch:
+        replace = os.replace
+
+        def not_the_policy(source: Any, target: Any) -> None:
+            broken() if Path(target).name == "policy" else replace(source, target)
+
+        patch.setattr(os, "replace", not_the_policy)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *ALWAYS, callbacks, "--ckpt_path", "last")
+    assert (root / "certificate.json").is_file() and not (root / "policy").exists()
+    # As a kill would leave it: nothing had the time to take the PASS back.
+    verdict = read(root / "verdict.json") | {"verdict": "PASS", "plan_hash": "0" * 64}
+    (root / "verdict.json").write_text(json.dumps(verdict))
+    monkeypatch.setattr(Policy, "training_step", broken)
+    assert fit(demo, root, *ALWAYS, callbacks, "--ckpt_path", "last") == PASSED
+    assert (root / "policy" / "adapter_model.safetensors").is_file()
+    assert main(["verify", str(root / "certificate.json")]) == PASSED
+
+
 def test_a_sequential_test_stops_early_or_goes_on_with_fresh_prompts(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
