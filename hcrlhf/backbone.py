@@ -270,6 +270,49 @@ class Backbone(nn.Module):
                 if outer in self.roles and self._active != outer:
                     self._activate(outer)
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether `merged` may add an adapter into the weights: float32 ones in main memory alone.
+
+        4-bit weights, and bfloat16 ones, would be rounded anew and be another policy; on a GPU the
+        copy of the backbone costs what LoRA saves.
+        """
+        weight = next(self.model.parameters())
+        full = self.quantized or self.full
+        return not full and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+    @contextmanager
+    def merged(self, name: str) -> Iterator[None]:
+        """As `role`, without gradients and faster: W + (alpha / r) B A takes the place of W.
+
+        The adapter's own tensors and W are the same ones again afterwards, bit for bit.
+        """
+        trained = {id(p) for p in self.parameters() if p.requires_grad}
+        merge = name != BASE and bool(self.roles) and self.mergeable
+        kept: list[tuple[nn.Parameter, Tensor]] = []
+        try:
+            if merge:
+                kept.extend(self._merge(name))
+            with self.role(BASE if merge else name):
+                yield
+        finally:
+            for weight, data in kept:
+                weight.data = data
+            # `role` leaves every trainable role trainable; inside another role that is not so.
+            for parameter in self.parameters():
+                parameter.requires_grad_(id(parameter) in trained)
+
+    def _merge(self, name: str) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Adds an adapter into the weights; yields each weight and what it held."""
+        from peft.tuners.lora import LoraLayer
+
+        for layer in self.model.modules():
+            if isinstance(layer, LoraLayer) and name in layer.lora_A:
+                weight = cast(Any, layer).get_base_layer().weight
+                data = weight.data
+                weight.data = data + cast(Any, layer).get_delta_weight(name).detach()
+                yield weight, data
+
     @contextmanager
     def inference(self) -> Iterator[None]:
         """Evaluation mode without gradients, and back. Mixed adapters and a KV cache need it."""
@@ -284,40 +327,53 @@ class Backbone(nn.Module):
     # -- forward -------------------------------------------------------------------------------
 
     def hidden(self, tokens: Tokens, **options: Any) -> Tensor:
-        """Last hidden states (B, P + T, H) of the active role."""
-        output = self.model(
-            input_ids=tokens.input_ids,
-            attention_mask=tokens.attention_mask.long(),
-            position_ids=tokens.position_ids,
-            use_cache=False,
-            **options,
-        )
-        return cast(Tensor, output.logits)
+        """Last hidden states (B, P + T, H) of the active role; what padding holds has no meaning.
+
+        The model reads every sequence from its first column on. So positions count from the first
+        real token, attention needs no mask but causality, and the width is that of the longest
+        sequence and not of the longest prompt and the longest response together.
+        """
+        start = tokens.attention_mask.int().argmax(dim=1, keepdim=True)
+        columns = torch.arange(tokens.input_ids.shape[1], device=start.device)
+        width = int(tokens.lengths.max())
+        moved = tokens.input_ids.gather(1, (start + columns[:width]).clamp(max=columns[-1]))
+        output = self.model(input_ids=moved, use_cache=False, **options)
+        states = cast(Tensor, output.logits)
+        back = (columns - start).clamp(0, width - 1)
+        return states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
 
     def log_probs(
         self, hidden: Tensor, tokens: Tokens, temperature: float = 1.0, chunk: int = 4096
     ) -> Tensor:
         """log π(y_t | x, y_<t) of the response tokens, (B, T) float32, zero outside the mask.
 
-        Only response tokens go through the output layer, `chunk` of them at a time; with more
-        than one chunk the logits are recomputed in the backward pass and not kept.
+        Only response tokens go through the output layer, `chunk` of them at a time, and no chunk's
+        logits outlive it: a frozen output layer gives its gradient in the forward pass, one that is
+        trained is run again in the backward pass.
         """
         mask = tokens.response_mask
         states = self._before_response(hidden, tokens)[mask]
         targets = tokens.response_ids[mask]
         parts = [
-            checkpoint(self._token_log_probs, s, t, temperature, use_reentrant=False)
-            if states.shape[0] > chunk and torch.is_grad_enabled()
-            else self._token_log_probs(s, t, temperature)
+            self._token_log_probs(s, t, temperature)
             for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
         ]
         result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return result.masked_scatter(mask, torch.cat(parts))
 
     def _token_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        logits = self.output_layer(states).float() / temperature
-        chosen: Tensor = logits.gather(-1, targets[:, None])[:, 0]
-        return chosen - logits.logsumexp(-1)
+        if not torch.is_grad_enabled():
+            return _log_probs_of(self.output_layer(states), targets, temperature)
+        layer = self.output_layer
+        if type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad:
+            result: Tensor = FrozenOutput.apply(states, layer.weight, targets, temperature)
+            return result
+        return cast(
+            Tensor,
+            checkpoint(
+                lambda s: _log_probs_of(layer(s), targets, temperature), states, use_reentrant=False
+            ),
+        )
 
     def values(self, head: str, hidden: Tensor, tokens: Tokens) -> Tensor:
         """V of the state before each response token: (B, T) float32, zero outside the mask."""
@@ -347,12 +403,20 @@ class Backbone(nn.Module):
         return hidden[:, start : start + tokens.response_ids.shape[1]]
 
     def hidden_of_roles(self, tokens: Tokens, roles: Sequence[str]) -> list[Tensor]:
-        """Hidden states (B, P + T, H) of several frozen roles, in one forward pass of R·B rows.
+        """Hidden states (B, P + T, H) of several roles, without gradients.
 
-        Only inside `inference()`: PEFT mixes adapters within a batch in evaluation mode alone.
+        In one forward pass of R·B rows, which reads (and dequantises) the backbone once; where the
+        adapters can be merged, in one pass of B rows for each, which is less work. Only inside
+        `inference()`: PEFT mixes adapters within a batch in evaluation mode alone.
         """
+        if self.training:
+            raise ValueError(
+                "several roles are read in evaluation mode alone, not in training mode"
+            )
         if not self.roles:
             return [self.hidden(tokens) for _ in roles]
+        if self.mergeable:
+            return [self._hidden_merged(tokens, role) for role in roles]
         copies = len(roles)
         stacked = Tokens(
             tokens.input_ids.repeat(copies, 1),
@@ -362,6 +426,10 @@ class Backbone(nn.Module):
         )
         names = [role for role in roles for _ in range(len(tokens))]
         return list(self.hidden(stacked, adapter_names=names).chunk(copies))
+
+    def _hidden_merged(self, tokens: Tokens, role: str) -> Tensor:
+        with self.merged(role):
+            return self.hidden(tokens)
 
     # -- weights on disk -----------------------------------------------------------------------
 
@@ -424,6 +492,39 @@ class Backbone(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+def _log_probs_of(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) at the targets: (N, V) and (N,) to (N,) float32."""
+    logits = logits.float()
+    if temperature != 1.0:
+        logits = logits / temperature
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(-1)
+
+
+class FrozenOutput(torch.autograd.Function):
+    """Log-probabilities of target tokens, (N,), from states (N, H) by a frozen layer (V, H).
+
+    With z = W s / temperature and p = softmax(z), ∂ log p_y / ∂ s = (W_y - Wᵀp) / temperature.
+    That needs nothing from the backward pass but a factor per token, so it is formed at once and
+    the (N, V) logits are gone when the forward pass is.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    ) -> Tensor:
+        logits = nn.functional.linear(states, weight)
+        result = _log_probs_of(logits, targets, temperature)
+        slope = weight[targets] - logits.float().div_(temperature).softmax(-1).to(weight) @ weight
+        ctx.save_for_backward((slope / temperature).to(states))
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (slope,) = ctx.saved_tensors
+        return slope * gradients[0][:, None].to(slope), None, None, None
 
 
 def load_head(folder: str | Path) -> dict[str, Tensor]:

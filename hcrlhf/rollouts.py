@@ -22,6 +22,10 @@ from hcrlhf.errors import InputError
 from hcrlhf.samples import Floats
 from hcrlhf.text import Tokens
 
+# Responses that have ended are dropped once fewer than this share of a batch is being written:
+# dropping copies the cache, carrying them along computes for nothing.
+COMPACT_BELOW = 0.8
+
 
 @dataclass(frozen=True)
 class Decoding:
@@ -157,12 +161,14 @@ def sample(
     """
     from transformers import DynamicCache
 
-    device = prompts.input_ids.device
+    device, count = prompts.input_ids.device, len(prompts)
     randomness = uniforms(seeds, max_response_tokens).to(device)
     stops = torch.tensor(list(stop_ids), device=device)
-    alive = torch.ones(len(prompts), dtype=torch.bool, device=device)
+    responses = torch.full((count, max_response_tokens), pad_id, device=device)
+    lengths = torch.full((count,), max_response_tokens, device=device)
+    truncated = torch.ones(count, dtype=torch.bool, device=device)
+    rows = torch.arange(count, device=device)  # of the responses that are still being written
     mask, ids, position = prompts.attention_mask, prompts.input_ids, prompts.position_ids
-    responses, masks = [], []
     with backbone.inference():
         cache = DynamicCache(config=backbone.model.config)
         for t in range(max_response_tokens):
@@ -174,18 +180,26 @@ def sample(
                 use_cache=True,
             )
             logits = backbone.output_layer(output.logits[:, -1]).float() / decoding.temperature
-            chosen = torch.where(alive, draw(logits, randomness[:, t]), pad_id)
-            responses.append(chosen)
-            masks.append(alive)
-            alive = alive & ~torch.isin(chosen, stops)
-            if not alive.any():
-                break
-            ids = chosen[:, None]
-            mask = torch.cat([mask, masks[-1][:, None]], dim=1)
+            chosen = draw(logits, randomness[rows, t])
             position = position[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
+            going = truncated[rows]  # rows that had ended before are still carried along
+            responses[rows[going], t] = chosen[going]
+            ended = going & torch.isin(chosen, stops)
+            lengths[rows[ended]] = t + 1
+            truncated[rows[ended]] = False
+            keep = truncated[rows]
+            if not keep.any():
+                break
+            if keep.float().mean() < COMPACT_BELOW:
+                rows, mask, position, chosen = rows[keep], mask[keep], position[keep], chosen[keep]
+                cache.batch_select_indices(keep.nonzero()[:, 0])
+            ids = chosen[:, None]
+    width = int(lengths.max())
+    response_mask = torch.arange(width, device=device) < lengths[:, None]
     return Tokens(
-        torch.cat([prompts.input_ids, torch.stack(responses, dim=1)], dim=1),
-        torch.cat([prompts.attention_mask, torch.stack(masks, dim=1)], dim=1),
+        torch.cat([prompts.input_ids, responses[:, :width]], dim=1),
+        torch.cat([prompts.attention_mask, response_mask], dim=1),
         prompts.prompt_length,
-        truncated=alive,
+        truncated,
     )

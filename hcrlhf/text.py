@@ -87,6 +87,11 @@ class Tokens:
         """(B, P + T): 0 for the first real token, so that padding does not move a sequence."""
         return (self.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
+    @property
+    def lengths(self) -> Tensor:
+        """(B,), real tokens of each sequence."""
+        return self.attention_mask.sum(dim=1)
+
     def __len__(self) -> int:
         return self.input_ids.shape[0]
 
@@ -97,6 +102,24 @@ class Tokens:
             self.prompt_length,
             self.truncated.to(device, non_blocking=non_blocking),
         )
+
+    def without_common_padding(self) -> Tokens:
+        """The same sequences without the columns before the longest prompt."""
+        first = int(self.attention_mask.any(dim=0).int().argmax())
+        return Tokens(
+            self.input_ids[:, first:],
+            self.attention_mask[:, first:],
+            self.prompt_length - first,
+            self.truncated,
+        )
+
+    def by_length(self, size: int | None) -> list[Tensor]:
+        """Rows in groups of at most `size` (None: all in one), those of similar length together.
+
+        A group is padded to its longest sequence, so that mixed lengths would be work for nothing.
+        """
+        order = self.lengths.argsort(stable=True).cpu()
+        return list(order.split(size or len(self)))
 
     def rows(self, index: Tensor | slice) -> Tokens:
         """The sequences at `index`, with all columns."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,9 @@ class Policy(AdapterModule):
         lora: adapter of the policy; only where the supervised stage trained the whole model.
         critic_learning_rate: of value heads and critic adapters; None takes learning_rate.
         max_grad_norm: gradients are scaled down to this norm.
-        micro_batch_size: sequences per forward pass; None takes all at once.
+        micro_batch_size: sequences per forward and backward pass, those of similar length
+            together; None takes all at once.
+        rollout_batch_size: sequences that are generated together; None takes all at once.
         seed: of every response and every shuffle of this run.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
     """
@@ -125,6 +127,7 @@ class Policy(AdapterModule):
         critic_learning_rate: float | None = None,
         max_grad_norm: float = 1.0,
         micro_batch_size: int | None = None,
+        rollout_batch_size: int | None = None,
         seed: int = 0,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
@@ -142,8 +145,12 @@ class Policy(AdapterModule):
                 raise InputError(f"{name} is >= 0, got {value}")
         if score_clip is not None and not score_clip > 0:
             raise InputError(f"score_clip is positive or null, got {score_clip}")
-        if micro_batch_size is not None and micro_batch_size < 1:
-            raise InputError(f"micro_batch_size is a whole number >= 1, got {micro_batch_size}")
+        for name, size in (
+            ("micro_batch_size", micro_batch_size),
+            ("rollout_batch_size", rollout_batch_size),
+        ):
+            if size is not None and size < 1:
+                raise InputError(f"{name} is a whole number >= 1 or null, got {size}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
         self.automatic_optimization = False
         self.folders = {"sft": sft, "reward": reward, "cost": cost}
@@ -162,6 +169,7 @@ class Policy(AdapterModule):
         self.critic_learning_rate = critic_learning_rate or learning_rate
         self.max_grad_norm = max_grad_norm
         self.micro_batch_size = micro_batch_size
+        self.rollout_batch_size = rollout_batch_size
         self.seed = seed
         self.updates = 0
         self.multiplier_states = [multiplier.start() for _ in self.constraints]
@@ -299,28 +307,30 @@ class Policy(AdapterModule):
 
     def respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
         """One response per prompt from the policy."""
-        with self.backbone.role(ACTOR):
+        groups = batch.tokens.by_length(self.rollout_batch_size)
+        with self.backbone.merged(ACTOR):
             parts = [
                 sample(
                     self.backbone,
-                    batch.tokens.rows(rows),
-                    seeds[rows],
+                    batch.tokens.rows(rows).without_common_padding(),
+                    [seeds[i] for i in rows.tolist()],
                     self.decoding,
                     self.encoder.chat.max_response_tokens,
                     [self.encoder.eos_id],
                     self.encoder.pad_id,
                 )
-                for rows in self._micro_batches(len(batch.keys))
+                for rows in groups
             ]
-        return parts[0] if len(parts) == 1 else join(parts, self.encoder.pad_id)
+        return join(parts, self.encoder.pad_id).rows(torch.cat(groups).argsort())
 
     def score(self, tokens: Tokens, keys: tuple[str, ...]) -> Rollout:
         """Everything that the frozen and the sampling models say of responses, in one forward."""
         separate = self.learner.critic == "separate"
         roles = [ACTOR, self.reference, "reward", "cost", *(self.critics if separate else [])]
         parts = []
+        groups = tokens.by_length(self.micro_batch_size)
         with self.backbone.inference():
-            for rows in self._micro_batches(len(keys)):
+            for rows in groups:
                 part = tokens.rows(rows)
                 actor, reference, reward, cost, *critics = self.backbone.hidden_of_roles(
                     part, roles
@@ -329,7 +339,7 @@ class Policy(AdapterModule):
                 parts.append(
                     Rollout(
                         tokens=part,
-                        keys=keys[rows],
+                        keys=tuple(keys[i] for i in rows.tolist()),
                         log_probs=self._log_probs(actor, part),
                         reference_log_probs=self._log_probs(reference, part),
                         rewards=self._standardised(self.backbone.scores("reward", reward, part)),
@@ -337,7 +347,8 @@ class Policy(AdapterModule):
                         values=self._values(states, part),
                     )
                 )
-        return Rollout.join(parts, tokens)
+        order = torch.cat(groups)
+        return Rollout.join(parts, tokens.rows(order)).rows(order.argsort())
 
     def _values(self, states: list[Tensor], part: Tokens) -> Tensor:
         """Every critic's predictions (S, B, T); S = 0 without critics."""
@@ -356,11 +367,6 @@ class Policy(AdapterModule):
     def _costs(self, scores: Tensor) -> Floats:
         """What training and safety test both see: the squashed score in float64."""
         return squashed(scores.double().cpu().numpy(), self.squash)
-
-    def _micro_batches(self, count: int) -> Iterator[slice]:
-        size = self.micro_batch_size or count
-        for start in range(0, count, size):
-            yield slice(start, min(start + size, count))
 
     # -- one update ----------------------------------------------------------------------------
 
@@ -501,9 +507,8 @@ class Policy(AdapterModule):
         learner, separate = self.learner, self.learner.critic == "separate"
         count = rollout.tokens.response_mask.sum()
         statistics = dict.fromkeys(("policy_loss", "value_loss", "update_kl", "clip_share"), 0.0)
-        for rows in self._micro_batches(len(rollout.keys)):
-            index = torch.arange(rows.start, rows.stop)
-            part, aim = rollout.rows(index), targets.rows(index)
+        for rows in rollout.tokens.by_length(self.micro_batch_size):
+            part, aim = rollout.rows(rows), targets.rows(rows)
             with self.backbone.role(ACTOR):
                 hidden = self.backbone.hidden(part.tokens)
                 log_probs = self._log_probs(hidden, part.tokens)

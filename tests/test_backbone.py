@@ -174,18 +174,46 @@ def test_gradients_are_those_of_the_plain_model_with_and_without_chunks(
         torch.testing.assert_close(parameter.grad, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_chunks_are_recomputed_in_the_backward_pass_and_not_kept(bare: Backbone) -> None:
-    calls: list[int] = []
-    bare.output_layer.register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [4096, 4])
+def test_a_frozen_output_layer_passes_the_gradient_that_a_trained_one_would(
+    bare: Backbone, chunk: int, temperature: float
+) -> None:
     tokens = batch()
-    count = int(tokens.response_mask.sum())
+    hidden = bare.hidden(tokens).detach()
+    weights = torch.linspace(-1, 2, tokens.response_ids.numel()).view(tokens.response_ids.shape)
+    gradients = []
+    for trained in (False, True):
+        bare.output_layer.requires_grad_(trained)
+        states = hidden.clone().requires_grad_()
+        (bare.log_probs(states, tokens, temperature, chunk) * weights).sum().backward()
+        gradients.append(states.grad)
+    bare.output_layer.requires_grad_(False)
+    assert gradients[0] is not None
+    assert gradients[0].abs().max() > 0.01
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_no_logits_are_kept_for_the_backward_pass(bare: Backbone, trained: bool) -> None:
+    vocabulary = bare.output_layer.out_features
+    bare.output_layer.requires_grad_(trained)
+    kept: list[tuple[int, ...]] = []
+
+    def record(tensor: Tensor) -> Tensor:
+        if tensor.data_ptr() != bare.output_layer.weight.data_ptr():
+            kept.append(tuple(tensor.shape))
+        return tensor
+
+    tokens = batch()
     hidden = bare.hidden(tokens).detach().requires_grad_()
-    bare.log_probs(hidden, tokens, chunk=8).sum().backward()
-    assert max(calls) == 8
-    assert sum(calls) == 2 * count
-    calls.clear()
-    bare.log_probs(hidden, tokens, chunk=count).sum().backward()
-    assert calls == [count]
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        result = bare.log_probs(hidden, tokens)
+    assert kept
+    assert not [shape for shape in kept if vocabulary in shape]
+    result.sum().backward()
+    bare.output_layer.requires_grad_(False)
+    bare.output_layer.weight.grad = None
 
 
 def test_bare_prompts_have_no_log_probs(bare: Backbone) -> None:
@@ -373,6 +401,60 @@ def test_a_mixed_pass_leaves_role_and_trainable_set_as_they_were(roles: Backbone
             roles.hidden_of_roles(tokens, ["reward", BASE, "actor"])
         assert trainable_names(roles) == names
         torch.testing.assert_close(roles.hidden(tokens), before)
+
+
+def test_a_merged_role_is_the_role_and_leaves_every_weight_bit_identical(roles: Backbone) -> None:
+    tokens = batch()
+    expected = hidden_of(roles, "actor", tokens)
+    before = {name: value.clone() for name, value in roles.named_parameters()}
+    names = trainable_names(roles)
+    assert roles.mergeable
+    with roles.role("critic"):
+        with roles.inference(), roles.merged("actor"):
+            found = roles.hidden(tokens)
+        torch.testing.assert_close(
+            roles.hidden(tokens).detach(), hidden_of(roles, "critic", tokens)
+        )
+    torch.testing.assert_close(real(tokens, found), real(tokens, expected), atol=1e-5, rtol=1e-5)
+    assert trainable_names(roles) == names
+    for name, value in roles.named_parameters():
+        assert torch.equal(value, before[name])
+
+
+def test_a_merged_role_is_taken_out_again_after_an_error(roles: Backbone) -> None:
+    expected = hidden_of(roles, BASE, batch())
+    with pytest.raises(RuntimeError, match="on purpose"), roles.merged("actor"):
+        raise RuntimeError("on purpose")
+    assert torch.equal(hidden_of(roles, BASE, batch()), expected)
+
+
+def test_roles_that_cannot_be_merged_are_read_in_one_pass_with_equal_states(
+    roles: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens, order = batch(), ["reward", BASE, "actor"]
+    widths: list[int] = []
+    embedding = roles.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, i, __: widths.append(len(i[0])))
+    with roles.inference():
+        separate = roles.hidden_of_roles(tokens, order)
+        monkeypatch.setattr(Backbone, "mergeable", False)
+        together = roles.hidden_of_roles(tokens, order)
+    hook.remove()
+    assert widths == [len(tokens)] * 3 + [3 * len(tokens)]
+    for one, other in zip(separate, together, strict=True):
+        torch.testing.assert_close(real(tokens, one), real(tokens, other), atol=1e-5, rtol=1e-5)
+
+
+def test_the_model_reads_no_more_columns_than_the_longest_sequence_has(bare: Backbone) -> None:
+    # Prompts of 6 and 1 tokens, responses of 1 and 5: aligned 11 columns, at most 7 of them real.
+    tokens = collate([Encoded([1, 5, 6, 7, 8, 9], [2]), Encoded([1], [5, 6, 7, 8, 2])], PAD)
+    shapes: list[tuple[int, ...]] = []
+    embedding = bare.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, i, __: shapes.append(tuple(i[0].shape)))
+    hidden = bare.hidden(tokens)
+    hook.remove()
+    assert shapes == [(2, 7)]
+    assert hidden.shape[:2] == (2, 11)
 
 
 def test_mixing_roles_outside_inference_is_an_error_and_not_a_wrong_answer(

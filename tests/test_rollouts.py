@@ -327,6 +327,28 @@ def test_each_step_after_the_first_reads_one_column(bare: Backbone) -> None:
     assert shapes == [(5, 7), (5, 1), (5, 1), (5, 1)]
 
 
+def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice(
+    bare: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, limit = [PROMPTS[i % 5] for i in range(20)], 8
+    seeds = [response_seed("dropped", i) for i in range(20)]
+    heights: list[int] = []
+    embedding = bare.model.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda _, i, __: heights.append(len(i[0])))
+    dropped = sample(bare, prompts(rows), seeds, PLAIN, limit, STOPS, PAD)
+    hook.remove()
+    monkeypatch.setattr("hcrlhf.rollouts.COMPACT_BELOW", 0.0)
+    kept = sample(bare, prompts(rows), seeds, PLAIN, limit, STOPS, PAD)
+    assert heights[0] == 20
+    assert heights[-1] < 16
+    assert heights == sorted(heights, reverse=True)
+    assert torch.equal(dropped.input_ids, kept.input_ids)
+    assert torch.equal(dropped.attention_mask, kept.attention_mask)
+    assert torch.equal(dropped.truncated, kept.truncated)
+    assert kept.truncated.any()
+    assert not kept.truncated.all()
+
+
 # transformers 5.23 has renamed the method that 5.0 has.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_does_not_cost_the_cache(model_folder: Path) -> None:

@@ -321,3 +321,21 @@ def test_what_encodes_and_collates_counts_as_an_encoder() -> None:
 
     assert isinstance(Encoder(), EncodesExamples)
     assert not isinstance(object(), EncodesExamples)
+
+
+def test_groups_by_length_hold_every_row_once_and_short_ones_first() -> None:
+    tokens = collate(
+        [Encoded([1], [2] * 5), Encoded([1] * 4, []), Encoded([1, 1], [2]), Encoded([1], [2, 2])], 0
+    )
+    assert tokens.lengths.tolist() == [6, 4, 3, 3]
+    assert [g.tolist() for g in tokens.by_length(3)] == [[2, 3, 1], [0]]
+    assert [g.tolist() for g in tokens.by_length(None)] == [[2, 3, 1, 0]]
+
+
+def test_common_padding_is_cut_before_the_longest_prompt_and_nowhere_else() -> None:
+    tokens = collate([Encoded([5] * 6, [7]), Encoded([5, 6], [7, 8]), Encoded([6], [9])], 0)
+    cut = tokens.rows(torch.tensor([1, 2])).without_common_padding()
+    assert cut.prompt_length == 2
+    assert cut.input_ids.tolist() == [[5, 6, 7, 8], [0, 6, 9, 0]]
+    assert cut.attention_mask.tolist() == [[True] * 4, [False, True, True, False]]
+    assert tokens.without_common_padding().input_ids.tolist() == tokens.input_ids.tolist()
