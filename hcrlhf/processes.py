@@ -1,0 +1,81 @@
+"""Several processes with one copy of the model each (data parallel): who does what, and together.
+
+Every process holds every prompt of a batch and answers its share; then all exchange what they
+found and go on with the same whole. So a decision (pessimism, violation, advantages, multiplier)
+is made from all responses, the same one everywhere, and equals that of one process.
+
+Rank: number of a process, 0 to size - 1. In a single process everything here is the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+T = TypeVar("T")
+
+
+def rank_and_size() -> tuple[int, int]:
+    """This process's rank and how many there are; (0, 1) where none were started."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def share(count: int) -> Tensor:
+    """Which of `count` rows are this process's: rank, rank + size, rank + 2 size, …"""
+    rank, size = rank_and_size()
+    return torch.arange(rank, count, size)
+
+
+def in_order(count: int) -> Tensor:
+    """Sorts rows that stand as `gathered` shares of `count` rows back into their own order."""
+    _, size = rank_and_size()
+    return torch.cat([torch.arange(rank, count, size) for rank in range(size)]).argsort()
+
+
+def gathered(value: T) -> list[T]:
+    """What every process holds, by rank. All processes must call it; values travel pickled."""
+    _, size = rank_and_size()
+    if size == 1:
+        return [value]
+    values: list[Any] = [None] * size
+    distributed.all_gather_object(values, value)
+    return values
+
+
+def from_first(value: T) -> T:
+    """What rank 0 holds. All processes must call it."""
+    if rank_and_size()[1] == 1:
+        return value
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Replaces every gradient by its sum over all processes, in one exchange.
+
+    A parameter that this process has no gradient for counts as zero.
+    """
+    if rank_and_size()[1] == 1:
+        return
+    trained = list(parameters)
+    for parameter in trained:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    gradients = [p.grad for p in trained if p.grad is not None]
+    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    distributed.all_reduce(flat)
+    sizes = [gradient.numel() for gradient in gradients]
+    for gradient, total in zip(gradients, flat.split(sizes), strict=True):
+        gradient.copy_(total.view_as(gradient))
+
+
+def summed(values: dict[str, float]) -> dict[str, float]:
+    """Each figure summed over all processes."""
+    parts = gathered(values)
+    return {name: sum(part[name] for part in parts) for name in values}
