@@ -236,6 +236,11 @@ class Constraint:
         return self.delta if self.miss_probability is None else self.miss_probability
 
     @property
+    def needs_zero(self) -> bool:
+        """Whether the limit means something only if a cost of zero does."""
+        return self.estimand == "harm_rate" or self.threshold == 0
+
+    @property
     def label(self) -> str:
         """For tables and metrics: "mean", "harm_rate" or "cvar"."""
         return self.estimand

@@ -43,7 +43,7 @@ from hcrlhf.kl import AdaptiveKL
 from hcrlhf.methods import METHODS
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.text import one_line
-from lightning_modules import Policy, Preference, Supervised
+from lightning_modules import Policy, Preference, PreferenceClassifier, Supervised
 
 KNOWN_CLASSES = [
     *(f"hcrlhf.methods.{cls.__name__}" for cls in METHODS.values()),
@@ -54,10 +54,12 @@ KNOWN_CLASSES = [
     "hcrlhf.multiplier.SoftplusMultiplier",
     "hcrlhf.ppo.PPO",
     "hcrlhf.rloo.RLOO",
+    "hcrlhf.scorers.PythonScorer",
+    "hcrlhf.scorers.SequenceClassifier",
 ] + [
     f"{cls.__module__.split('.')[0]}.{cls.__name__}"
     for cls in (
-        *(Supervised, Preference, Policy),
+        *(Supervised, Preference, PreferenceClassifier, Policy),
         *(Demonstrations, Preferences, Prompts),
         *(SafetyTest, Checkpoint, Completions, Progress),
     )
@@ -265,8 +267,8 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
 # -- errors ----------------------------------------------------------------------------------------
 
 NOISE = re.compile(
-    r"^(Does not validate against|Subtypes:|Errors:|Expected a <class .NoneType.>$|Given value|"
-    r"Expected a path but|Problem with given class_path|Not a valid subclass|- Expected a path)"
+    r"^(Does not validate against|Subtypes:|Errors:|Expected a <class .(?:NoneType|str).>$|"
+    r"Given value|Expected a path but|Problem with given class_path|Not a valid subclass|- Expected a path)"
 )
 
 
@@ -321,10 +323,11 @@ def remedy(text: str) -> str:
 
 def known_keys() -> list[str]:
     """Every key that a config of this project may hold below model, data and trainer."""
-    from hcrlhf import constraint, multiplier, ppo, rloo, rollouts, text
+    from hcrlhf import constraint, multiplier, ppo, rloo, rollouts, scorers, text
     from hcrlhf.backbone import LoraOptions
 
     classes: list[Any] = [Supervised, Preference, Policy, Demonstrations, Preferences, Prompts]
+    classes += [PreferenceClassifier, scorers.PythonScorer, scorers.SequenceClassifier]
     classes += [SafetyTest, Checkpoint, Completions, Progress, Trainer, LoraOptions]
     classes += [constraint.Constraint, ppo.PPO, rloo.RLOO, rollouts.Decoding, text.ChatFormat]
     classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier]

@@ -16,6 +16,7 @@ from scipy import optimize, stats
 from torch import Tensor
 from torch.nn import functional as F
 
+from hcrlhf.errors import InputError
 from hcrlhf.samples import Floats
 
 
@@ -64,6 +65,17 @@ def proportion(successes: int, n: int) -> Interval:
         return Interval(math.nan, math.nan, math.nan)
     ci = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return Interval(successes / n, float(ci.low), float(ci.high))
+
+
+def check_squash(squash: float, role: str) -> None:
+    """
+    Raises:
+        InputError: it is not a positive, finite cap, or not of a cost.
+    """
+    if not (role == "cost" and 0 < squash < math.inf):
+        raise InputError(
+            f"squash is the positive cap of a cost model, got {squash} for a {role} model"
+        )
 
 
 def squashed(scores: Floats, limit: float | None) -> Floats:

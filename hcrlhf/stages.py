@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from hcrlhf.text import ChatFormat
 FORMAT = 1
 FILE = "hcrlhf.json"
 PROMPTS_FILE = "training_prompts.txt"
+CLASSIFIER = "sequence_classifier"
 
 Role = Literal["sft", "reward", "cost", "policy"]
 
@@ -64,6 +66,7 @@ class Stage:
         moments: of the scores, where the role scores.
         calibration: slope and intercept of P(harmful) = σ(a c + b), for a cost model.
         squash: S of the cost c' = S tanh(c / S) that policy and safety test see; None: c itself.
+        sign_weight: of a cost model's sign terms; 0 leaves its zero arbitrary. None: not known.
         metrics: what was measured on held-out data.
     """
 
@@ -75,6 +78,28 @@ class Stage:
     moments: ScoreMoments | None = None
     calibration: dict[str, float] | None = None
     squash: float | None = None
+    sign_weight: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClassifierStage:
+    """The content of `hcrlhf.json` beside a reward or cost model that is a model of its own.
+
+    Attributes:
+        role: "reward" or "cost".
+        fingerprint: SHA-256 of the weights and config in the same folder.
+        max_tokens: of prompt and response together.
+        moments, calibration, squash, sign_weight, metrics: `Stage`.
+    """
+
+    role: Role
+    fingerprint: str
+    max_tokens: int
+    moments: ScoreMoments | None = None
+    calibration: dict[str, float] | None = None
+    squash: float | None = None
+    sign_weight: float | None = None
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -89,6 +114,17 @@ def write_stage(folder: Path, stage: Stage, prompt_keys: Collection[str]) -> Non
         # Both real: a relative path out of a folder that is a link would lead somewhere else.
         real = os.path.relpath(os.path.realpath(model), os.path.realpath(folder))
         record["backbone"]["model"] = real
+    _write(folder, record, prompt_keys)
+
+
+def write_classifier_stage(
+    folder: Path, stage: ClassifierStage, prompt_keys: Collection[str]
+) -> None:
+    """The same for a sequence classifier."""
+    _write(folder, {"kind": CLASSIFIER, **asdict(stage)}, prompt_keys)
+
+
+def _write(folder: Path, record: Mapping[str, Any], prompt_keys: Collection[str]) -> None:
     (folder / PROMPTS_FILE).write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
     text = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
     (folder / FILE).write_text(text, encoding="utf-8")
@@ -107,11 +143,12 @@ def read_stage(folder: str, expected: Role, slot: str) -> Stage:
             f"{slot}: {folder} holds no {FILE}; expected the folder of a finished {expected} stage"
             f" (hcrlhf fit with the {expected} config writes it)"
         )
-    try:
-        record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if record["format"] != FORMAT:
+    with _readable(slot, path, expected):
+        record = _read(slot, path)
+        if record.get("kind") == CLASSIFIER:
             raise InputError(
-                f"{slot}: {path} has format {record['format']}, this version reads {FORMAT}"
+                f"{slot}: {folder} is a model of its own, not an adapter; write {slot}: "
+                f"{{class_path: hcrlhf.scorers.SequenceClassifier, init_args: {{model: {folder}}}}}"
             )
         backbone = BackboneSource(**record["backbone"])
         stage = Stage(
@@ -122,21 +159,71 @@ def read_stage(folder: str, expected: Role, slot: str) -> Stage:
             fingerprint=record["fingerprint"],
             adapter=record["adapter"],
             chat=ChatFormat(**record["chat"]),
-            moments=ScoreMoments(**record["moments"]) if record["moments"] else None,
-            calibration=record["calibration"],
-            squash=record.get("squash"),
-            metrics=record["metrics"],
+            **_of_scores(record),
         )
+    _require_role(slot, folder, stage.role, expected)
+    return stage
+
+
+def read_classifier_stage(folder: str, expected: Role, slot: str) -> ClassifierStage | None:
+    """What `lightning_modules.PreferenceClassifier` left in `folder`; None in any other folder.
+
+    Raises:
+        InputError: it has another role, or is an adapter on the shared backbone.
+    """
+    path = Path(folder) / FILE
+    if not path.is_file():
+        return None
+    with _readable(slot, path, expected):
+        record = _read(slot, path)
+        if record.get("kind") != CLASSIFIER:
+            raise InputError(
+                f"{slot}: {folder} is a stage on the shared backbone; write {slot}: {folder}"
+            )
+        stage = ClassifierStage(
+            role=record["role"],
+            fingerprint=record["fingerprint"],
+            max_tokens=record["max_tokens"],
+            **_of_scores(record),
+        )
+    _require_role(slot, folder, stage.role, expected)
+    return stage
+
+
+@contextmanager
+def _readable(slot: str, path: Path, expected: Role) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(
             f"{slot}: {path} is not readable ({type(error).__name__}: {error}); "
             f"run the {expected} stage again"
         ) from error
-    if stage.role != expected:
+
+
+def _read(slot: str, path: Path) -> Mapping[str, Any]:
+    record: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if record["format"] != FORMAT:
         raise InputError(
-            f"{slot}: {folder} is a {stage.role} model; expected a {expected} model there"
+            f"{slot}: {path} has format {record['format']}, this version reads {FORMAT}"
         )
-    return stage
+    return record
+
+
+def _of_scores(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What every record of a model that scores has; what older versions did not write is None."""
+    return {
+        "moments": ScoreMoments(**record["moments"]) if record["moments"] else None,
+        "calibration": record["calibration"],
+        "squash": record.get("squash"),
+        "sign_weight": record.get("sign_weight"),
+        "metrics": record["metrics"],
+    }
+
+
+def _require_role(slot: str, folder: str, role: Role, expected: Role) -> None:
+    if role != expected:
+        raise InputError(f"{slot}: {folder} is a {role} model; expected a {expected} model there")
 
 
 def _resolve(folder: str, model: str) -> str:

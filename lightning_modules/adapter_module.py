@@ -1,7 +1,8 @@
-"""What the three stages share: a backbone, adapter-only checkpoints, one optimizer."""
+"""What the stages share: an optimizer, checks; and a backbone with adapter-only checkpoints."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,8 +19,8 @@ from hcrlhf.text import TextEncoder
 Schedule = Literal["linear", "cosine", "constant"]
 
 
-class AdapterModule(LightningModule):
-    """A LightningModule around a `Backbone` whose checkpoints hold trained weights only.
+class StageModule(LightningModule):
+    """A stage of training: one AdamW over what is trained, and a folder that it leaves behind.
 
     Args:
         learning_rate: of AdamW, in float32.
@@ -28,8 +29,6 @@ class AdapterModule(LightningModule):
         warmup: share of all optimizer steps during which the learning rate rises to its value.
         gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
     """
-
-    strict_loading = False
 
     def __init__(
         self,
@@ -49,8 +48,6 @@ class AdapterModule(LightningModule):
         self.schedule = schedule
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing
-        self.backbone: Backbone
-        self.encoder: TextEncoder
 
     @property
     def run_folder(self) -> Path:
@@ -69,7 +66,9 @@ class AdapterModule(LightningModule):
                 "use 32-true or bf16-mixed"
             )
 
-    def read_own_stage(self, command: str, role: Role) -> bool:
+    def read_own_stage(
+        self, command: str, role: Role, read: Callable[[str, Role, str], Any] = read_stage
+    ) -> bool:
         """Whether to start from this run folder's finished stage: for every command but fit.
 
         Raises:
@@ -79,7 +78,7 @@ class AdapterModule(LightningModule):
         if command == "fit":
             return False
         if (self.run_folder / STAGE_FILE).is_file():
-            read_stage(str(self.run_folder), role, "trainer.default_root_dir")
+            read(str(self.run_folder), role, "trainer.default_root_dir")
             return True
         if self.trainer.ckpt_path is None:
             raise InputError(
@@ -89,17 +88,15 @@ class AdapterModule(LightningModule):
             )
         return False
 
-    def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
-        """The frozen backbone of this run (trainable as a whole with `full`)."""
-        model = load_causal_lm(source, self.device)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return Backbone(model, quantized=source.quantization == "nf4", full=full)
+    def trained(self) -> Iterator[torch.nn.Parameter]:
+        """What the optimizer changes."""
+        return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def configure_optimizers(self) -> Any:
-        parameters = [parameter for _, parameter in self.backbone.trained_parameters()]
         return self.scheduled(
-            torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=self.weight_decay)
+            torch.optim.AdamW(
+                list(self.trained()), lr=self.learning_rate, weight_decay=self.weight_decay
+            )
         )
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -114,6 +111,24 @@ class AdapterModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+
+class AdapterModule(StageModule):
+    """A stage around a `Backbone`, whose checkpoints hold trained weights only."""
+
+    strict_loading = False
+    backbone: Backbone
+    encoder: TextEncoder
+
+    def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
+        """The frozen backbone of this run (trainable as a whole with `full`)."""
+        model = load_causal_lm(source, self.device)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return Backbone(model, quantized=source.quantization == "nf4", full=full)
+
+    def trained(self) -> Iterator[torch.nn.Parameter]:
+        return (parameter for _, parameter in self.backbone.trained_parameters())
 
     def on_train_start(self) -> None:
         # Hugging Face models arrive in evaluation mode, where gradient checkpointing is silently

@@ -26,7 +26,7 @@ from hcrlhf.constraint import (
     violation,
 )
 from hcrlhf.errors import InputError
-from hcrlhf.examples import Prompt
+from hcrlhf.examples import Message, Prompt
 from hcrlhf.hashing import file_sha256
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.learner import Learner, Targets
@@ -36,7 +36,10 @@ from hcrlhf.preferences import squashed
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
+from hcrlhf.scorers import Scorer, Slot, measured_moments
 from hcrlhf.stages import (
+    Role,
+    ScoreMoments,
     Stage,
     fingerprint,
     read_prompt_keys,
@@ -61,11 +64,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True)
 class PromptBatch:
-    """B prompts: tokens without responses, keys, and texts for people."""
+    """B prompts: tokens without responses, keys, texts for people, dialogues for scorers."""
 
     tokens: Tokens
     keys: tuple[str, ...]
     texts: tuple[str, ...]
+    messages: tuple[tuple[Message, ...], ...]
 
     def to(self, device: torch.device, non_blocking: bool = False) -> PromptBatch:
         return replace(self, tokens=self.tokens.to(device, non_blocking))
@@ -80,6 +84,7 @@ class PromptBatch:
             self.tokens.rows(index),
             tuple(self.keys[i] for i in rows),
             tuple(self.texts[i] for i in rows),
+            tuple(self.messages[i] for i in rows),
         )
 
 
@@ -88,7 +93,8 @@ class Policy(AdapterModule):
 
     Args:
         sft: folder of the supervised stage: the reference, and where the policy starts.
-        reward, cost: folders of the reward and cost models.
+        reward, cost: folders of the reward and cost models, or scorers by `class_path`
+            (`hcrlhf.scorers`), which see the texts.
         constraints: what is promised; training and the safety test read the same objects. The
             cost's range comes from a cost model that was trained with `squash`.
         learner: `hcrlhf.ppo.PPO`, or `hcrlhf.rloo.RLOO` (K responses per prompt, no critics).
@@ -113,8 +119,8 @@ class Policy(AdapterModule):
     def __init__(
         self,
         sft: str,
-        reward: str,
-        cost: str,
+        reward: str | Scorer,
+        cost: str | Scorer,
         constraints: list[Constraint],
         learner: Learner = PPO(),  # noqa: B008 (frozen)
         multiplier: Multiplier = ProjectedMultiplier(),  # noqa: B008 (frozen)
@@ -153,7 +159,10 @@ class Policy(AdapterModule):
                 raise InputError(f"{name} is a whole number >= 1 or null, got {size}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
         self.automatic_optimization = False
-        self.folders = {"sft": sft, "reward": reward, "cost": cost}
+        given: tuple[tuple[Slot, str | Scorer], ...] = (("reward", reward), ("cost", cost))
+        self.folders = {"sft": sft} | {slot: x for slot, x in given if isinstance(x, str)}
+        self.scorers = {slot: x for slot, x in given if isinstance(x, Scorer)}
+        self.reward_moments: ScoreMoments | None = None
         if not constraints:
             raise InputError("constraints is empty; name at least one limit")
         self.constraints = tuple(constraints)
@@ -185,6 +194,11 @@ class Policy(AdapterModule):
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
 
     @property
+    def _inner_roles(self) -> list[str]:
+        """Which of reward and cost are adapters on the shared backbone."""
+        return [role for role in ("reward", "cost") if role in self.folders]
+
+    @property
     def multipliers(self) -> list[float]:
         """λ of each constraint."""
         return [state.value for state in self.multiplier_states]
@@ -205,20 +219,19 @@ class Policy(AdapterModule):
 
     def _read_stages(self) -> None:
         folders = self.folders
+        roles: tuple[Role, ...] = ("sft", "reward", "cost")
         stages: dict[str, Stage] = {
-            "sft": read_stage(folders["sft"], "sft", "sft"),
-            "reward": read_stage(folders["reward"], "reward", "reward"),
-            "cost": read_stage(folders["cost"], "cost", "cost"),
+            role: read_stage(folders[role], role, role) for role in roles if role in folders
         }
-        sft, reward = stages["sft"], stages["reward"]
+        sft = stages["sft"]
         # A fully tuned supervised model may be quantised afterwards: then it is the quantised
         # model that reward, cost, reference and policy share.
         comparable = dict(stages)
-        if not sft.adapter:
+        if not sft.adapter and (others := [stages[r] for r in roles[1:] if r in stages]):
             source = replace(
                 sft.backbone,
-                quantization=reward.backbone.quantization,
-                dtype=reward.backbone.dtype,
+                quantization=others[0].backbone.quantization,
+                dtype=others[0].backbone.dtype,
             )
             comparable["sft"] = replace(sft, backbone=source)
         require_same_base(comparable)
@@ -229,13 +242,11 @@ class Policy(AdapterModule):
                 f"sft: the weights in {self.source.model} are not those that {folders['sft']} was "
                 "trained on; run the stages again"
             )
-        if reward.moments is None or not reward.moments.std > 0:
-            raise InputError(
-                f"reward: {folders['reward']} has no spread in its held-out scores, so the reward "
-                "cannot be standardised; train the reward model again"
-            )
-        self.reward_moments = reward.moments
-        self.squash = stages["cost"].squash
+        for slot, scorer in self.scorers.items():
+            scorer.prepare(slot)
+        self._read_moments()
+        cost = self.scorers.get("cost") or stages["cost"]
+        self.squash = cost.squash
         self.constraints = self.completed(self.constraints)
         for constraint in self.constraints:
             if constraint.rule.kind == "asymptotic":
@@ -244,6 +255,35 @@ class Policy(AdapterModule):
                     "the number of prompts grows and errs for rare severe harm; a cost model "
                     "trained with squash allows an exact bound"
                 )
+        if self._zero_is_arbitrary() and any(c.needs_zero for c in self.constraints):
+            rank_zero_warn(
+                f"{self._named('cost')} was trained with sign_weight 0, so that its zero means "
+                "nothing in particular, and a harm rate or a threshold of 0 is about that zero; "
+                "train the cost model with sign terms"
+            )
+
+    def _read_moments(self) -> None:
+        """Of the reward; those of a scorer that has none are measured on the first rollout."""
+        if "reward" in self.scorers:
+            self.reward_moments = self.scorers["reward"].moments
+            return
+        moments = self.stages["reward"].moments
+        if moments is None or not moments.std > 0:
+            raise InputError(
+                f"reward: {self.folders['reward']} has no spread in its held-out scores, so the "
+                "reward cannot be standardised; train the reward model again"
+            )
+        self.reward_moments = moments
+
+    def _zero_is_arbitrary(self) -> bool:
+        if "cost" in self.scorers:
+            return self.scorers["cost"].arbitrary_zero
+        return self.stages["cost"].sign_weight == 0
+
+    def _named(self, slot: Slot) -> str:
+        """The reward or cost model, for messages."""
+        where = self.scorers[slot].name if slot in self.scorers else self.folders[slot]
+        return f"the {slot} ({where})"
 
     def completed(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
         """The constraints with the range of the cost model's costs, ready to judge.
@@ -257,7 +297,7 @@ class Policy(AdapterModule):
             if constraint.upper is not None or constraint.lower is not None:
                 raise InputError(
                     "the constraint declares lower or upper, but nothing limits the costs of "
-                    f"{self.folders['cost']}; train it with squash, which brings its own range"
+                    f"{self._named('cost')}; give it a squash, which brings its own range"
                 )
         return tuple(c.ready() for c in constraints)
 
@@ -270,14 +310,17 @@ class Policy(AdapterModule):
         self.reference = REFERENCE if sft_adapter else BASE
         if sft_adapter:
             backbone.load_role(REFERENCE, folders["sft"], trainable=False)
-        for role in ("reward", "cost"):
+        for role in self._inner_roles:
             backbone.load_role(role, folders[role], trainable=False)
             backbone.add_head(role, trainable=False, state=load_head(folders[role]))
         for critic in self.critics:
             backbone.add_head(critic, trainable=True)
             if self.learner.critic == "separate":
                 source = "reward" if critic == "reward_critic" else "cost"
-                backbone.copy_role(critic, source, trainable=True)
+                # Without such an adapter a critic starts where the policy does.
+                backbone.copy_role(
+                    critic, source if source in self._inner_roles else ACTOR, trainable=True
+                )
         self.backbone = backbone
 
     def configure_optimizers(self) -> Any:
@@ -301,7 +344,8 @@ class Policy(AdapterModule):
     def collate(self, encoded: list[EncodedPrompt]) -> PromptBatch:
         tokens = collate([Encoded(e.ids, []) for e in encoded], self.encoder.pad_id)
         keys = tuple(e.prompt.key for e in encoded)
-        return PromptBatch(tokens, keys, tuple(e.prompt.text for e in encoded))
+        texts = tuple(e.prompt.text for e in encoded)
+        return PromptBatch(tokens, keys, texts, tuple(e.prompt.messages for e in encoded))
 
     # -- a rollout -----------------------------------------------------------------------------
 
@@ -326,29 +370,55 @@ class Policy(AdapterModule):
     def score(self, tokens: Tokens, keys: tuple[str, ...]) -> Rollout:
         """Everything that the frozen and the sampling models say of responses, in one forward."""
         separate = self.learner.critic == "separate"
-        roles = [ACTOR, self.reference, "reward", "cost", *(self.critics if separate else [])]
+        inner = self._inner_roles
+        roles = [ACTOR, self.reference, *inner, *(self.critics if separate else [])]
         parts = []
         groups = tokens.by_length(self.micro_batch_size)
         with self.backbone.inference():
             for rows in groups:
                 part = tokens.rows(rows)
-                actor, reference, reward, cost, *critics = self.backbone.hidden_of_roles(
-                    part, roles
-                )
-                states = critics or [actor] * len(self.critics)
+                actor, reference, *rest = self.backbone.hidden_of_roles(part, roles)
+                scored = dict(zip(inner, rest, strict=False))
+                states = rest[len(inner) :] or [actor] * len(self.critics)
                 parts.append(
                     Rollout(
                         tokens=part,
                         keys=tuple(keys[i] for i in rows.tolist()),
                         log_probs=self._log_probs(actor, part),
                         reference_log_probs=self._log_probs(reference, part),
-                        rewards=self._standardised(self.backbone.scores("reward", reward, part)),
-                        costs=self._costs(self.backbone.scores("cost", cost, part)),
+                        rewards=self._standardised(self._inner_scores("reward", scored, part)),
+                        costs=self._costs(self._inner_scores("cost", scored, part)),
                         values=self._values(states, part),
                     )
                 )
         order = torch.cat(groups)
         return Rollout.join(parts, tokens.rows(order)).rows(order.argsort())
+
+    def _inner_scores(self, role: str, scored: dict[str, Tensor], part: Tokens) -> Tensor:
+        """(B,); not a number where the role is a scorer's, until `_rollout` has asked it."""
+        if role in scored:
+            scores: Tensor = self.backbone.scores(role, scored[role], part)
+            return scores
+        return torch.full((len(part),), math.nan, device=part.input_ids.device)
+
+    def _rollout(
+        self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot] = ("reward", "cost")
+    ) -> Rollout:
+        """Responses to a batch, with what models and the scorers that are asked say of them."""
+        rollout = self.score(self.respond(batch, seeds), batch.keys)
+        scorers = {slot: self.scorers[slot] for slot in asked if slot in self.scorers}
+        if not scorers:
+            return rollout
+        texts = self.encoder.decode(rollout.tokens)
+        for slot, scorer in scorers.items():
+            scorer.to(self.device)
+            scores = scorer.checked(batch.messages, texts)
+            if slot == "cost":
+                rollout = replace(rollout, costs=squashed(scores, self.squash))
+            else:
+                rewards = self._standardised(torch.from_numpy(scores)).to(rollout.rewards)
+                rollout = replace(rollout, rewards=rewards)
+        return rollout
 
     def _values(self, states: list[Tensor], part: Tokens) -> Tensor:
         """Every critic's predictions (S, B, T); S = 0 without critics."""
@@ -362,6 +432,8 @@ class Policy(AdapterModule):
         return self.backbone.log_probs(hidden, tokens, self.decoding.temperature)
 
     def _standardised(self, scores: Tensor) -> Tensor:
+        if self.reward_moments is None:  # before the first rollout, on which they are measured
+            return scores
         return (scores - self.reward_moments.mean) / self.reward_moments.std
 
     def _costs(self, scores: Tensor) -> Floats:
@@ -376,7 +448,7 @@ class Policy(AdapterModule):
             response_seed(self.seed, "rollout", self.updates, row, key)
             for row, key in enumerate(batch.keys)
         ]
-        rollout = self.score(self.respond(batch, seeds), batch.keys)
+        rollout = self._with_moments(self._rollout(batch, seeds))
         scores, violations = self._constrain(rollout)
         if self.updates == 0 and self.critics:
             rollout = self._start_critics(rollout, scores)
@@ -393,6 +465,14 @@ class Policy(AdapterModule):
         self._report(rollout, violations, statistics)
         self._warn_at_cap(rollout)
 
+    def _with_moments(self, rollout: Rollout) -> Rollout:
+        """The rollout with a standardised reward; the first one measures what is missing."""
+        if self.reward_moments is not None:
+            return rollout
+        rewards = rollout.rewards.double().cpu().numpy()
+        self.reward_moments = measured_moments(rewards, self._named("reward"))
+        return replace(rollout, rewards=self._standardised(rollout.rewards))
+
     def _warn_at_cap(self, rollout: Rollout) -> None:
         """Says so when a multiplier has stayed at its cap: more of it will not help."""
         for j, constraint in enumerate(self.constraints):
@@ -408,11 +488,8 @@ class Policy(AdapterModule):
 
     def _constrain(self, rollout: Rollout) -> tuple[Tensor, list[float]]:
         """Scores per stream (1 + C, B): reward and pessimistic costs; and every violation g."""
-        if not (np.isfinite(rollout.costs).all() and bool(rollout.rewards.isfinite().all())):
-            raise FloatingPointError(
-                f"update {self.updates}: a reward or cost is not finite, so nothing can be learnt "
-                "from this rollout; lower the learning rate, or check the scorers"
-            )
+        self._require_finite("reward", bool(rollout.rewards.isfinite().all()))
+        self._require_finite("cost", bool(np.isfinite(rollout.costs).all()))
         streams, violations = [self._shaped_rewards(rollout)], []
         count = len(self.constraints)
         self._remember(rollout.costs)
@@ -429,6 +506,13 @@ class Policy(AdapterModule):
             violations.append(violation(float(values.mean()), std, pessimism, target))
             variance.update(current)
         return torch.stack(streams), violations
+
+    def _require_finite(self, slot: Slot, finite: bool) -> None:
+        if not finite:
+            raise FloatingPointError(
+                f"update {self.updates}: {self._named(slot)} gave a score that is not finite, so "
+                "nothing can be learnt from this rollout; check it, or lower the learning rate"
+            )
 
     def _shaped_rewards(self, rollout: Rollout) -> Tensor:
         """The standardised reward as the learner sees it: clamped, less the truncation penalty."""
@@ -576,7 +660,7 @@ class Policy(AdapterModule):
     def evaluate(self, batch: PromptBatch, purpose: str) -> Rollout:
         """Responses to a batch, seeded by purpose and prompt, with rewards, costs and KL."""
         seeds = [response_seed(self.seed, purpose, key, 0) for key in batch.keys]
-        return self.score(self.respond(batch, seeds), batch.keys)
+        return self._rollout(batch, seeds)
 
     def validation_step(self, batch: PromptBatch, batch_idx: int) -> None:
         rollout = self.evaluate(batch, "validation")
@@ -633,7 +717,7 @@ class Policy(AdapterModule):
 
     def sample_costs(self, batch: PromptBatch, seed: str) -> CostSamples:
         seeds = [response_seed(seed, key, 0) for key in batch.keys]
-        rollout = self.score(self.respond(batch, seeds), batch.keys)
+        rollout = self._rollout(batch, seeds, asked=["cost"])
         costs = np.repeat(rollout.costs[:, None, None], len(self.constraints), axis=2)
         texts = self.encoder.decode(rollout.tokens)
         truncated = rollout.tokens.truncated.cpu().numpy()[:, None]
@@ -659,24 +743,30 @@ class Policy(AdapterModule):
         write_stage(folder, stage, self.training_prompt_keys())
 
     def provenance(self) -> dict[str, Any]:
-        cost = Path(self.folders["cost"])
         return {
             "hcrlhf": hcrlhf.__version__,
             "backbone": self.stages["sft"].fingerprint,
             "squash": self.squash,
             "quantization": self.source.quantization,
             "dtype": self.source.dtype,
-            "cost_model": {
-                name: file_sha256(cost / name)
-                for name in ("adapter_model.safetensors", "head.safetensors")
-            },
+            "cost_model": self._cost_provenance(),
             "decoding": self.decoding.generation_config(self.encoder.chat.max_response_tokens),
             "chat": asdict(self.encoder.chat),
             "template": hashlib.sha256(self.encoder.template.encode()).hexdigest(),
         }
 
+    def _cost_provenance(self) -> dict[str, Any]:
+        if "cost" in self.scorers:
+            return self.scorers["cost"].provenance()
+        folder = Path(self.folders["cost"])
+        files = ("adapter_model.safetensors", "head.safetensors")
+        return {name: file_sha256(folder / name) for name in files}
+
     def training_prompt_keys(self) -> frozenset[str]:
-        return frozenset().union(*(read_prompt_keys(f) for f in self.folders.values()))
+        folders = [read_prompt_keys(folder) for folder in self.folders.values()]
+        return frozenset().union(
+            *folders, *(s.training_prompt_keys() for s in self.scorers.values())
+        )
 
     # -- checkpoint ----------------------------------------------------------------------------
 
@@ -688,6 +778,7 @@ class Policy(AdapterModule):
             "recent_costs": list(self.recent_costs),
             "pessimisms": list(self.pessimisms),
             "kl_coefficient": self.kl_coefficient,
+            "reward_moments": asdict(self.reward_moments) if self.reward_moments else None,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -706,5 +797,7 @@ class Policy(AdapterModule):
             variance.mean, variance.weight = float(mean), float(weight)
         self.recent_costs = [float(c) for c in state["recent_costs"]]
         self.pessimisms = [float(p) for p in state["pessimisms"]]
+        if self.reward_moments is None and state.get("reward_moments"):  # measured, not declared
+            self.reward_moments = ScoreMoments(**state["reward_moments"])
         if self.adaptive_kl is not None:  # a fixed one is taken from the config alone
             self.kl_coefficient = float(state["kl_coefficient"])

@@ -1,0 +1,379 @@
+"""Rewards and costs from texts, by a model of its own or by a function.
+
+A scorer sees the dialogue (without the policy's own system prompt and template) and the response
+as text, and renders and tokenises them itself. Positive cost = harmful.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from hcrlhf.classifier import Classifier, Dtype, load_classifier
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Message, user_turn
+from hcrlhf.hashing import file_sha256, sha256
+from hcrlhf.preferences import check_squash
+from hcrlhf.samples import Floats
+from hcrlhf.stages import ScoreMoments, fingerprint, read_classifier_stage, read_prompt_keys
+from hcrlhf.text import one_line
+
+Slot = Literal["reward", "cost"]
+Dialogue = Sequence[Message]
+
+# Two, so that a single number for a whole batch is noticed.
+PROBE_PROMPTS = (user_turn("Hello, how are you?"), user_turn("Name a colour."))
+PROBE_RESPONSES = ("Fine, thanks.", "Blue.")
+
+
+class Scorer(ABC):
+    """One number per response; a subclass of your own needs `scores` alone.
+
+    Args:
+        mean, std: moments by which a reward is standardised; None measures them on the first
+            rollout, whose responses are the reference's.
+        squash: S of a cost: policy and safety test see c' = S tanh(c / S), which lies in [-S, S],
+            so that an exact bound on its mean exists.
+    """
+
+    mean: float | None = None
+    std: float | None = None
+    squash: float | None = None
+    # Whether the zero of the score is known to mean nothing (trained without sign terms).
+    arbitrary_zero = False
+
+    def __init__(
+        self, mean: float | None = None, std: float | None = None, squash: float | None = None
+    ) -> None:
+        if (mean is None) != (std is None):
+            raise InputError(f"mean and std of a scorer are given together, got {mean} and {std}")
+        if std is not None and not 0 < std < float("inf"):
+            raise InputError(f"std of a scorer is positive, got {std}")
+        if squash is not None:
+            check_squash(squash, "cost")
+        self.mean, self.std, self.squash = mean, std, squash
+
+    @abstractmethod
+    def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
+        """float64 scores (B,) of B dialogues, each ending with a user turn, and B responses.
+
+        The same texts get the same score, whatever else is in the batch.
+        """
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        return type(self).__name__
+
+    @property
+    def moments(self) -> ScoreMoments | None:
+        if self.mean is None or self.std is None:
+            return None
+        return ScoreMoments(self.mean, self.std, 0)
+
+    def to(self, device: torch.device) -> None:  # noqa: B027 (a scorer may have nothing to move)
+        """Moves its weights, if it has any."""
+
+    def prepare(self, slot: Slot) -> None:
+        """Loads what it needs and scores two tiny examples, before any training.
+
+        Raises:
+            InputError: it is not for this slot, or does not give two finite numbers.
+        """
+        if self.squash is not None:
+            check_squash(self.squash, slot)
+        try:
+            scores = self.checked(PROBE_PROMPTS, PROBE_RESPONSES)
+        except RuntimeError as error:
+            raise InputError(f"{slot}: {error}") from error
+        if not np.isfinite(scores).all():
+            raise InputError(
+                f"{slot}: {self.name} gave {scores.tolist()} for two short responses; expected "
+                "finite numbers"
+            )
+        if slot == "cost":
+            self.provenance()  # refuses now what the plan of the safety test could not name
+
+    def checked(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
+        """`scores`, one float64 per response. What is not finite is for the caller to refuse.
+
+        Raises:
+            RuntimeError: it raised, or gave something else.
+        """
+        try:
+            scores = self.scores(prompts, responses)
+        except InputError:
+            raise
+        except Exception as error:
+            raise RuntimeError(
+                f"{self.name} raised {type(error).__name__}: {one_line(error)}"
+            ) from error
+        return one_per_response(scores, len(responses), self.name)
+
+    def provenance(self) -> dict[str, Any]:
+        """What the plan of a safety test commits to where this is the cost."""
+        cls = type(self)
+        return {
+            "class_path": f"{cls.__module__}.{cls.__qualname__}",
+            "source": source_hash(cls, self.name),
+            "squash": self.squash,
+        }
+
+    def training_prompt_keys(self) -> frozenset[str]:
+        """Keys of the prompts that it is known to have been trained on."""
+        return frozenset()
+
+
+def one_per_response(scores: Any, count: int, name: str) -> Floats:
+    """The scores as a float64 vector of `count`.
+
+    Raises:
+        RuntimeError: not numbers, or another shape.
+    """
+    try:
+        if isinstance(scores, torch.Tensor):
+            scores = scores.detach().cpu().double().numpy()
+        array = np.asarray(scores)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"values of type {array.dtype}")
+        vector = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"{name} did not give numbers ({one_line(error)}); expected {count} scores"
+        ) from error
+    if vector.shape != (count,):
+        raise RuntimeError(
+            f"{name} gave scores of shape {vector.shape} for {count} responses; expected ({count},)"
+        )
+    return vector
+
+
+def measured_moments(scores: Floats, name: str) -> ScoreMoments:
+    """Mean and standard deviation (ddof 1) of the reference's scores.
+
+    Raises:
+        FloatingPointError: a score is not finite.
+        InputError: they do not differ.
+    """
+    if not np.isfinite(scores).all():
+        raise FloatingPointError(f"{name} gave a score that is not finite on the first rollout")
+    if scores.size < 2 or not scores.std() > 0:
+        raise InputError(
+            f"{name} gave all {scores.size} responses of the first rollout the same reward, so it "
+            "cannot be standardised; give mean and std"
+        )
+    return ScoreMoments(float(scores.mean()), float(scores.std(ddof=1)), scores.size)
+
+
+def source_hash(thing: Any, name: str) -> str:
+    """SHA-256 of the file that defines a function or class.
+
+    Raises:
+        InputError: there is none, so that no certificate could say what was tested.
+    """
+    try:
+        path = inspect.getsourcefile(thing)
+    except TypeError:
+        path = None
+    if path is None or not Path(path).is_file():
+        raise InputError(
+            f"{name} has no source file, so a certificate could not say what scored the responses; "
+            "put it into a Python file"
+        )
+    return file_sha256(Path(path))
+
+
+class PythonScorer(Scorer):
+    """Scores by a Python function `f(prompts, responses)`.
+
+    `prompts` is a list of dialogues, each a list of {"role": …, "content": …} that ends with a
+    user turn; `responses` is a list of texts; what is returned is one number for each. The
+    certificate holds the hash of the function's file, not of what that file imports or reads.
+
+    Args:
+        function: its dotted path, package.module.f.
+        mean, std, squash: `Scorer`.
+    """
+
+    def __init__(
+        self,
+        function: str,
+        mean: float | None = None,
+        std: float | None = None,
+        squash: float | None = None,
+    ) -> None:
+        super().__init__(mean, std, squash)
+        self.path = function
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        return imported(self.path)
+
+    @property
+    def name(self) -> str:
+        return self.path
+
+    def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
+        # Copies: a function that changes what it is given must not change the run.
+        dialogues = [[dict(message) for message in prompt] for prompt in prompts]
+        scores: Floats = self.function(dialogues, list(responses))
+        return scores
+
+    def provenance(self) -> dict[str, Any]:
+        function = inspect.unwrap(self.function)
+        thing = function if inspect.isroutine(function) else type(function)
+        return {
+            "class_path": "hcrlhf.scorers.PythonScorer",
+            "function": self.path,
+            "source": source_hash(thing, self.name),
+            "squash": self.squash,
+        }
+
+
+def imported(path: str) -> Callable[..., Any]:
+    """The function at a dotted path.
+
+    Raises:
+        InputError: no such module or function.
+    """
+    module, _, name = path.rpartition(".")
+    if not module:
+        raise InputError(f"function: expected package.module.f, got {path!r}")
+    try:
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    except Exception as error:  # the module's own code runs, and may raise anything
+        raise InputError(
+            f"function: {path} cannot be imported ({type(error).__name__}: {one_line(error)}); "
+            "its folder must be on PYTHONPATH, or be where python -m hcrlhf is started"
+        ) from error
+    if not callable(found):
+        raise InputError(f"function: {path} is a {type(found).__name__}, expected a function")
+    return found
+
+
+class SequenceClassifier(Scorer):
+    """Scores by a Hugging Face sequence classifier, encoder or decoder, with its own tokenizer.
+
+    The dialogue is rendered by the classifier's chat template; an encoder without one reads the
+    text pair (prompt, response). Of a text that is too long the beginning of the prompt is cut,
+    and the end of the response only where it alone does not fit; the first such batch is warned
+    of. A folder that `lightning_modules.PreferenceClassifier` wrote brings its own max_tokens,
+    mean, std and squash.
+
+    Args:
+        model: folder or hub id.
+        label: name or number of the label whose log-odds are the score, where there are several.
+        max_tokens: of prompt and response together; None takes what the model reads.
+        batch_size: texts per forward pass, sorted by length.
+        chat_template: None takes the tokenizer's.
+        dtype: of the weights; bfloat16 for large decoders, whose score stays in float32.
+        mean, std, squash: `Scorer`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        label: int | str | None = None,
+        max_tokens: int | None = None,
+        batch_size: int = 32,
+        chat_template: str | None = None,
+        dtype: Dtype = "float32",
+        mean: float | None = None,
+        std: float | None = None,
+        squash: float | None = None,
+    ) -> None:
+        super().__init__(mean, std, squash)
+        if batch_size < 1:
+            raise InputError(f"batch_size is a whole number >= 1, got {batch_size}")
+        self.model = model
+        self.label = label
+        self.max_tokens = max_tokens
+        self.batch_size = batch_size
+        self.chat_template = chat_template
+        self.dtype: Dtype = dtype
+        self.device = torch.device("cpu")
+        self._classifier: Classifier | None = None
+        self._fingerprint = ""
+        self._warned = False
+
+    @property
+    def name(self) -> str:
+        return f"SequenceClassifier {self.model}"
+
+    @property
+    def classifier(self) -> Classifier:
+        if self._classifier is None:
+            self._classifier = load_classifier(
+                self.model, self.max_tokens, self.label, self.chat_template, self.dtype
+            ).requires_grad_(False)
+        return self._classifier
+
+    def to(self, device: torch.device) -> None:
+        if device != self.device:
+            self.classifier.to(device)
+            self.device = device
+
+    def prepare(self, slot: Slot) -> None:
+        stage = read_classifier_stage(self.model, slot, slot)
+        self._fingerprint = fingerprint(self.model)
+        if stage is not None:
+            if stage.fingerprint != self._fingerprint:
+                raise InputError(
+                    f"{slot}: the weights in {self.model} are not those that its moments were "
+                    "measured with; train it again, or remove its hcrlhf.json"
+                )
+            if self.mean is None and slot == "reward" and stage.moments is not None:
+                self.mean, self.std = stage.moments.mean, stage.moments.std
+            self.max_tokens = self.max_tokens or stage.max_tokens
+            self.squash = self.squash or stage.squash
+            self.arbitrary_zero = stage.sign_weight == 0
+        super().prepare(slot)
+
+    def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
+        classifier = self.classifier
+        texts = [classifier.encode(p, r) for p, r in zip(prompts, responses, strict=True)]
+        self._warn_of_cuts(sum(text.cut for text in texts), len(texts))
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
+        scores = np.empty(len(texts))
+        # Not under the trainer's autocast: what a response scores must not depend on the caller.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                batch = classifier.collate([texts[i] for i in rows]).to(self.device)
+                scores[rows] = classifier(batch).double().cpu().numpy()
+        return scores
+
+    def _warn_of_cuts(self, cut: int, count: int) -> None:
+        if cut and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name}: {cut} of {count} texts are longer than {self.classifier.max_tokens} "
+                "tokens; the beginning of their prompts is not read, nor the end of a response "
+                "that does not fit alone",
+                stacklevel=2,
+            )
+
+    def provenance(self) -> dict[str, Any]:
+        classifier = self.classifier
+        return {
+            "class_path": "hcrlhf.scorers.SequenceClassifier",
+            "weights": self._fingerprint or fingerprint(self.model),
+            "tokenizer": sha256(classifier.tokenizer.backend_tokenizer.to_str()),
+            "template": classifier.template and sha256(classifier.template),
+            "label": classifier.label,
+            "max_tokens": classifier.max_tokens,
+            "dtype": self.dtype,
+            "squash": self.squash,
+        }
+
+    def training_prompt_keys(self) -> frozenset[str]:
+        return read_prompt_keys(self.model)
