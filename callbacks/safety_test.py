@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from hcrlhf import certificate
+from hcrlhf import certificate, processes
 from hcrlhf.certificate import VERDICT_FILE, Verdict
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
@@ -22,7 +22,7 @@ from hcrlhf.hashing import folder_hashes, sha256, write_json
 from hcrlhf.human import HumanLabels
 from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import Schedule
-from hcrlhf.safety import HoldsSafetyPrompts, SafetyTestable
+from hcrlhf.safety import CostSamples, HoldsSafetyPrompts, SafetyTestable
 from hcrlhf.splits import require_disjoint
 
 NO_CANDIDATE = (
@@ -87,7 +87,7 @@ class SafetyTest(Callback):
         self.human = human
         self.verdict: Verdict | None = None
         self._configured: Any = ()
-        self._pool: dict[str, Any] = {}
+        self._encoded: dict[str, Any] = {}
         self._population = Population(())
 
     # -- before training -----------------------------------------------------------------------
@@ -156,12 +156,15 @@ class SafetyTest(Callback):
         """Finds the population, and fails closed until the test has run."""
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         module = cast(EncodesExamples, pl_module)
-        encoded = {p.key: module.encode(p) for p in data.safety_prompts or []}
-        self._pool = {key: value for key, value in encoded.items() if value is not None}
+        safety = [p.key for p in data.safety_prompts or []]
+        prompts = [*(data.safety_prompts or []), *data.validation_prompts]
+        encoded = {p.key: module.encode(p) for p in prompts}
+        self._encoded = {key: value for key, value in encoded.items() if value is not None}
+        pool = [key for key in safety if key in self._encoded]
         stages = cast(SafetyTestable, pl_module).training_prompt_keys()
         self._population = Population(
-            list(self._pool),
-            left_out=len(encoded) - len(self._pool),
+            pool,
+            left_out=len(safety) - len(pool),
             compared_with={
                 "training and validation prompts": len(data.training_keys),
                 "prompts of earlier stages": len(stages),
@@ -185,7 +188,32 @@ class SafetyTest(Callback):
         self.run(trainer, pl_module)
 
     def run(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Plan, responses, decision, release; the policy is written only on PASS."""
+        """Plan, responses, decision, release; the policy is written only on PASS.
+
+        With several processes the first one alone decides and writes; the others answer their
+        share of the prompts that it names.
+        """
+        if processes.rank_and_size()[0] > 0:
+            while (question := processes.from_first(None)) is not None:
+                self._answer(pl_module, *question)
+            self.verdict = processes.from_first(self.verdict)
+            return
+        try:
+            self._run(trainer, pl_module)
+        finally:
+            processes.from_first(None)
+            processes.from_first(self.verdict)
+
+    def _ask(self, pl_module: LightningModule, keys: Sequence[str], seed: str) -> CostSamples:
+        """Responses of all processes together to the prompts with these keys, with costs."""
+        return self._answer(pl_module, *processes.from_first((list(keys), seed)))
+
+    def _answer(self, pl_module: LightningModule, keys: Sequence[str], seed: str) -> CostSamples:
+        module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)
+        batch = encoder.collate([self._encoded[key] for key in keys])
+        return module.sample_costs(batch.to(pl_module.device), seed)
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(SafetyTestable, pl_module)
         folder = self._folder(trainer)
         # Once a test is open its prompts and its δ are spent: then it is ended, not put off.
@@ -221,14 +249,14 @@ class SafetyTest(Callback):
 
     def _is_candidate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the forecast of every bound on the validation prompts is within its limit."""
-        module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)
+        module = cast(SafetyTestable, pl_module)
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
-        encoded = [e for p in data.validation_prompts if (e := encoder.encode(p)) is not None]
+        keys = [p.key for p in data.validation_prompts if p.key in self._encoded]
         seed = sha256("candidate", str(module.updates))
-        costs = []
-        for start in range(0, len(encoded), self.batch_size):
-            batch = encoder.collate(encoded[start : start + self.batch_size])
-            costs.append(module.sample_costs(batch.to(pl_module.device), seed).costs[:, 0])
+        costs = [
+            self._ask(pl_module, keys[start : start + self.batch_size], seed).costs[:, 0]
+            for start in range(0, len(keys), self.batch_size)
+        ]
         columns = np.concatenate(costs)
         if not np.isfinite(columns).all():
             return False
@@ -236,14 +264,13 @@ class SafetyTest(Callback):
         for j, constraint in enumerate(module.constraints):
             forecast = constraint.forecast(columns[:, j])
             rank_zero_info(
-                f"candidate check on {len(encoded)} validation prompts: forecast of the "
+                f"candidate check on {len(keys)} validation prompts: forecast of the "
                 f"{constraint.label}'s bound {forecast:.3g}, limit {constraint.threshold:g}"
             )
             good = good and forecast <= constraint.threshold
         return good
 
     def _sample(self, trial: SafetyTrial, pl_module: LightningModule) -> None:
-        module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)
         most = "at most " if self.sequential else ""
         number = trial.plan["ledger"]["test"]
         delta = max(c.delta for c in trial.constraints)
@@ -252,8 +279,7 @@ class SafetyTest(Callback):
             f"{most}{trial.total} prompts"
         )
         while keys := trial.next(self.batch_size):
-            batch = encoder.collate([self._pool[key] for key in keys])
-            trial.record(module.sample_costs(batch.to(pl_module.device), trial.seed))
+            trial.record(self._ask(pl_module, keys, trial.seed))
             rank_zero_info(f"  {trial.done} answered")
 
     @staticmethod

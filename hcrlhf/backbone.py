@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -403,20 +403,12 @@ class Backbone(nn.Module):
         return hidden[:, start : start + tokens.response_ids.shape[1]]
 
     def hidden_of_roles(self, tokens: Tokens, roles: Sequence[str]) -> list[Tensor]:
-        """Hidden states (B, P + T, H) of several roles, without gradients.
+        """Hidden states (B, P + T, H) of several frozen roles, in one forward pass of R·B rows.
 
-        In one forward pass of R·B rows, which reads (and dequantises) the backbone once; where the
-        adapters can be merged, in one pass of B rows for each, which is less work. Only inside
-        `inference()`: PEFT mixes adapters within a batch in evaluation mode alone.
+        Only inside `inference()`: PEFT mixes adapters within a batch in evaluation mode alone.
         """
-        if self.training:
-            raise ValueError(
-                "several roles are read in evaluation mode alone, not in training mode"
-            )
         if not self.roles:
             return [self.hidden(tokens) for _ in roles]
-        if self.mergeable:
-            return [self._hidden_merged(tokens, role) for role in roles]
         copies = len(roles)
         stacked = Tokens(
             tokens.input_ids.repeat(copies, 1),
@@ -427,9 +419,31 @@ class Backbone(nn.Module):
         names = [role for role in roles for _ in range(len(tokens))]
         return list(self.hidden(stacked, adapter_names=names).chunk(copies))
 
-    def _hidden_merged(self, tokens: Tokens, role: str) -> Tensor:
-        with self.merged(role):
-            return self.hidden(tokens)
+    def read(
+        self, parts: Sequence[Tokens], readers: Mapping[str, Callable[[Tensor, Tokens], Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        """What each role's reader makes of its hidden states (B, P + T, H), part by part.
+
+        Only inside `inference()`. Where adapters can be merged, a role at a time: that is less
+        work. Otherwise all roles of a part in one pass, which reads (and dequantises) the backbone
+        once.
+        """
+        if self.roles and not self.mergeable:
+            found: dict[str, list[Tensor]] = {role: [] for role in readers}
+            for part in parts:
+                states = self.hidden_of_roles(part, list(readers))
+                for (role, reader), hidden in zip(readers.items(), states, strict=True):
+                    found[role].append(reader(hidden, part))
+            return found
+        if self.training:
+            raise ValueError(
+                "several roles are read in evaluation mode alone, not in training mode"
+            )
+        found = {}
+        for role, reader in readers.items():
+            with self.merged(role):
+                found[role] = [reader(self.hidden(part), part) for part in parts]
+        return found
 
     # -- weights on disk -----------------------------------------------------------------------
 

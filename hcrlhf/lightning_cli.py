@@ -170,6 +170,8 @@ class CLI(LightningCLI):
             if self.subcommand == "fit":
                 logger = MetricsFile(config.default_root_dir)
             kwargs["logger"] = logger
+        if isinstance(self.model, Policy):
+            kwargs["use_distributed_sampler"] = False  # it shares a batch out itself
         return super().instantiate_trainer(**kwargs)
 
 
@@ -268,7 +270,8 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
 
 NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Expected a <class .(?:NoneType|str).>$|"
-    r"Given value|Expected a path but|Problem with given class_path|Not a valid subclass|- Expected a path)"
+    r"Given value|Expected a path but|Problem with given class_path|Not a valid subclass|"
+    r"- Expected a path)"
 )
 
 

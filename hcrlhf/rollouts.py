@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from hcrlhf.backbone import Backbone
 from hcrlhf.errors import InputError
 from hcrlhf.samples import Floats
-from hcrlhf.text import Tokens
+from hcrlhf.text import Tokens, join
 
 # Responses that have ended are dropped once fewer than this share of a batch is being written:
 # dropping copies the cache, carrying them along computes for nothing.
@@ -99,17 +100,33 @@ class Rollout:
             values=self.values[:, index],
         )
 
+    def to(self, device: Any) -> Rollout:
+        return replace(
+            self,
+            tokens=self.tokens.to(device),
+            log_probs=self.log_probs.to(device),
+            reference_log_probs=self.reference_log_probs.to(device),
+            rewards=self.rewards.to(device),
+            values=self.values.to(device),
+        )
+
     @staticmethod
-    def join(parts: Sequence[Rollout], tokens: Tokens) -> Rollout:
-        """The rollout of which `parts` are consecutive rows, all over the columns of `tokens`."""
+    def join(parts: Sequence[Rollout], pad_id: int) -> Rollout:
+        """The responses of several rollouts in one, padded to common lengths."""
+        tokens = join([part.tokens for part in parts], pad_id)
+        width = tokens.response_ids.shape[1]
+
+        def padded(x: Tensor) -> Tensor:
+            return pad(x, (0, width - x.shape[-1]))
+
         return Rollout(
             tokens=tokens,
             keys=tuple(key for part in parts for key in part.keys),
-            log_probs=torch.cat([part.log_probs for part in parts]),
-            reference_log_probs=torch.cat([part.reference_log_probs for part in parts]),
+            log_probs=torch.cat([padded(part.log_probs) for part in parts]),
+            reference_log_probs=torch.cat([padded(part.reference_log_probs) for part in parts]),
             rewards=torch.cat([part.rewards for part in parts]),
             costs=np.concatenate([part.costs for part in parts]),
-            values=torch.cat([part.values for part in parts], dim=1),
+            values=torch.cat([padded(part.values) for part in parts], dim=1),
         )
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import hcrlhf
+from hcrlhf import processes
 from hcrlhf.backbone import BASE, LoraOptions, load_head
 from hcrlhf.constraint import (
     Constraint,
@@ -54,6 +58,7 @@ ACTOR = "policy"
 REFERENCE = "sft"
 SKIP_PATIENCE = 10  # gradients in a row that are not finite before the run stops
 CAP_PATIENCE = 50  # updates with λ at its cap before it is said
+FORECAST_EVERY = 10  # updates between two forecasts of the bounds: on a tiny model they cost much
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,10 @@ class PromptBatch:
 
     def repeat(self, count: int) -> PromptBatch:
         """Every prompt `count` times, side by side."""
-        if count == 1:
-            return self
-        index = torch.arange(len(self.keys)).repeat_interleave(count)
+        return self.rows(torch.arange(len(self.keys)).repeat_interleave(count))
+
+    def rows(self, index: Tensor) -> PromptBatch:
+        """The prompts at `index`."""
         rows = index.tolist()
         return PromptBatch(
             self.tokens.rows(index),
@@ -191,6 +197,7 @@ class Policy(AdapterModule):
         ]
         if learner.critic == "none":
             self.critics = []
+        self._forecasts: list[float] = []
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
 
     @property
@@ -207,8 +214,7 @@ class Policy(AdapterModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self.trainer.world_size > 1:
-            raise InputError("the policy stage runs in one process so far; set trainer.devices: 1")
+        self._check_processes()
         if self.trainer.max_steps != -1:
             raise InputError(
                 f"max_steps {self.trainer.max_steps} would count optimizer steps, not updates; "
@@ -216,6 +222,26 @@ class Policy(AdapterModule):
             )
         self._read_stages()
         self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
+
+    def _check_processes(self) -> None:
+        """
+        Raises:
+            InputError: several processes, but not as copies that see the same batches.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"the policy stage switches adapters on one backbone, which "
+                f"{type(strategy).__name__} would split; set trainer.strategy: ddp, or "
+                "trainer.devices: 1"
+            )
+        # Lightning has no public way to ask for this setting.
+        connector = self.trainer._accelerator_connector
+        if self.trainer.world_size > 1 and connector.use_distributed_sampler:
+            raise InputError(
+                "the policy stage shares every batch out itself, so that a rollout is the same one "
+                "with any number of processes; set trainer.use_distributed_sampler: false"
+            )
 
     def _read_stages(self) -> None:
         folders = self.folders
@@ -323,6 +349,14 @@ class Policy(AdapterModule):
                 )
         self.backbone = backbone
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            # It would exchange gradients after every backward pass, of which a step has several;
+            # `processes.sum_gradients` does it once.
+            wrapper.require_backward_grad_sync = False
+
     def configure_optimizers(self) -> Any:
         actor: list[torch.nn.Parameter] = []
         critics: list[torch.nn.Parameter] = []
@@ -368,43 +402,58 @@ class Policy(AdapterModule):
         return join(parts, self.encoder.pad_id).rows(torch.cat(groups).argsort())
 
     def score(self, tokens: Tokens, keys: tuple[str, ...]) -> Rollout:
-        """Everything that the frozen and the sampling models say of responses, in one forward."""
-        separate = self.learner.critic == "separate"
-        inner = self._inner_roles
-        roles = [ACTOR, self.reference, *inner, *(self.critics if separate else [])]
-        parts = []
+        """Everything that the frozen and the sampling models say of responses."""
         groups = tokens.by_length(self.micro_batch_size)
+        readers: dict[str, Callable[[Tensor, Tokens], Tensor]] = {
+            ACTOR: self._read_actor,
+            self.reference: self._log_probs,
+        }
+        readers |= {role: partial(self.backbone.scores, role) for role in self._inner_roles}
+        if self.learner.critic == "separate":
+            readers |= {role: partial(self.backbone.values, role) for role in self.critics}
         with self.backbone.inference():
-            for rows in groups:
-                part = tokens.rows(rows)
-                actor, reference, *rest = self.backbone.hidden_of_roles(part, roles)
-                scored = dict(zip(inner, rest, strict=False))
-                states = rest[len(inner) :] or [actor] * len(self.critics)
-                parts.append(
-                    Rollout(
-                        tokens=part,
-                        keys=tuple(keys[i] for i in rows.tolist()),
-                        log_probs=self._log_probs(actor, part),
-                        reference_log_probs=self._log_probs(reference, part),
-                        rewards=self._standardised(self._inner_scores("reward", scored, part)),
-                        costs=self._costs(self._inner_scores("cost", scored, part)),
-                        values=self._values(states, part),
-                    )
-                )
-        order = torch.cat(groups)
-        return Rollout.join(parts, tokens.rows(order)).rows(order.argsort())
+            found = self.backbone.read([tokens.rows(rows) for rows in groups], readers)
+        order = torch.cat(groups).argsort()
+        read = {role: torch.cat(parts)[order] for role, parts in found.items()}
+        unknown = torch.full((len(keys),), math.nan, device=tokens.input_ids.device)
+        values = read[ACTOR][:, 1:].transpose(0, 1)
+        if self.learner.critic == "separate":
+            values = torch.stack([read[critic] for critic in self.critics])
+        return Rollout(
+            tokens=tokens,
+            keys=keys,
+            log_probs=read[ACTOR][:, 0],
+            reference_log_probs=read[self.reference],
+            # Not a number where the role is a scorer's, until it has been asked.
+            rewards=self._standardised(read.get("reward", unknown)),
+            costs=self._costs(read.get("cost", unknown)),
+            values=values,
+        )
 
-    def _inner_scores(self, role: str, scored: dict[str, Tensor], part: Tokens) -> Tensor:
-        """(B,); not a number where the role is a scorer's, until `_rollout` has asked it."""
-        if role in scored:
-            scores: Tensor = self.backbone.scores(role, scored[role], part)
-            return scores
-        return torch.full((len(part),), math.nan, device=part.input_ids.device)
+    def _read_actor(self, hidden: Tensor, part: Tokens) -> Tensor:
+        """(B, 1 + S, T): log-probabilities, then the values of critics that share these states."""
+        shared = self.critics if self.learner.critic == "shared" else []
+        values = [self.backbone.values(critic, hidden, part) for critic in shared]
+        return torch.stack([self._log_probs(hidden, part), *values], dim=1)
 
     def _rollout(
         self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot] = ("reward", "cost")
     ) -> Rollout:
-        """Responses to a batch, with what models and the scorers that are asked say of them."""
+        """Responses to a batch, with what models and the scorers that are asked say of them.
+
+        With several processes each answers its share, and all get the whole.
+        """
+        count = len(batch.keys)
+        if processes.rank_and_size()[1] == 1:
+            return self._own_rollout(batch, seeds, asked)
+        mine = processes.share(count)
+        own = self._own_rollout(batch.rows(mine), [seeds[i] for i in mine.tolist()], asked)
+        parts = processes.gathered(own.to("cpu"))
+        whole = Rollout.join(parts, self.encoder.pad_id)
+        return whole.rows(processes.in_order(count)).to(self.device)
+
+    def _own_rollout(self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot]) -> Rollout:
+        """`_rollout` of this process alone."""
         rollout = self.score(self.respond(batch, seeds), batch.keys)
         scorers = {slot: self.scorers[slot] for slot in asked if slot in self.scorers}
         if not scorers:
@@ -419,14 +468,6 @@ class Policy(AdapterModule):
                 rewards = self._standardised(torch.from_numpy(scores)).to(rollout.rewards)
                 rollout = replace(rollout, rewards=rewards)
         return rollout
-
-    def _values(self, states: list[Tensor], part: Tokens) -> Tensor:
-        """Every critic's predictions (S, B, T); S = 0 without critics."""
-        values = [
-            self.backbone.values(critic, state, part)
-            for critic, state in zip(self.critics, states, strict=True)
-        ]
-        return torch.stack(values) if values else torch.zeros(0, *part.response_mask.shape)
 
     def _log_probs(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         return self.backbone.log_probs(hidden, tokens, self.decoding.temperature)
@@ -553,11 +594,11 @@ class Policy(AdapterModule):
             epoch_kl = 0.0
             for rows in order.chunk(self.learner.minibatches):
                 optimizer.zero_grad()
-                statistics = self._minibatch(rollout.rows(rows), targets.rows(rows))
+                statistics = self._minibatch(rollout, targets, rows)
                 self.backbone.restore_trainable()
-                norm = clip_grad_norm_(
-                    [p for _, p in self.backbone.trained_parameters()], self.max_grad_norm
-                )
+                trained = list(self.trained())
+                processes.sum_gradients(trained)
+                norm = clip_grad_norm_(trained, self.max_grad_norm)
                 if self._usable(norm):
                     optimizer.step()
                 statistics["skipped"] = float(not norm.isfinite())
@@ -586,13 +627,24 @@ class Policy(AdapterModule):
             )
         return self._skipped_in_a_row == 0
 
-    def _minibatch(self, rollout: Rollout, targets: Targets) -> dict[str, float]:
-        """Gradients of one minibatch, a micro-batch at a time; token means over all of it."""
+    def _minibatch(self, rollout: Rollout, targets: Targets, rows: Tensor) -> dict[str, float]:
+        """Gradients of one minibatch, a micro-batch at a time; token means over all of it.
+
+        With several processes each takes its share of the rows; the gradients are theirs, to be
+        summed, and the means are of all.
+        """
         learner, separate = self.learner, self.learner.critic == "separate"
-        count = rollout.tokens.response_mask.sum()
+        count = rollout.tokens.response_mask[rows].sum()
+        mine = rows[processes.share(len(rows))]
+        if len(mine) == 0:
+            raise InputError(
+                f"a minibatch of {len(rows)} responses cannot be shared by "
+                f"{processes.rank_and_size()[1]} processes; raise data.init_args.prompts_per_update"
+            )
+        rollout, targets = rollout.rows(mine), targets.rows(mine)
         statistics = dict.fromkeys(("policy_loss", "value_loss", "update_kl", "clip_share"), 0.0)
-        for rows in rollout.tokens.by_length(self.micro_batch_size):
-            part, aim = rollout.rows(rows), targets.rows(rows)
+        for group in rollout.tokens.by_length(self.micro_batch_size):
+            part, aim = rollout.rows(group), targets.rows(group)
             with self.backbone.role(ACTOR):
                 hidden = self.backbone.hidden(part.tokens)
                 log_probs = self._log_probs(hidden, part.tokens)
@@ -616,7 +668,7 @@ class Policy(AdapterModule):
             statistics["value_loss"] += float(value_loss.detach())
             statistics["update_kl"] += float(shift.kl / count)
             statistics["clip_share"] += float(shift.clipped / count)
-        return statistics
+        return processes.summed(statistics)
 
     def _value_loss(self, part: Rollout, aim: Targets, states: list[Tensor]) -> Tensor:
         losses = [
@@ -649,7 +701,9 @@ class Policy(AdapterModule):
         for j, constraint in enumerate(self.constraints):
             suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
             bar[f"lambda{suffix}"] = self.multipliers[j]
-            bar[f"bound{suffix}"] = constraint.forecast(rollout.costs)
+            if j >= len(self._forecasts) or self.updates % FORECAST_EVERY == 0:
+                self._forecasts[j:] = [constraint.forecast(rollout.costs)]
+            bar[f"bound{suffix}"] = self._forecasts[j]
             rest[f"violation{suffix}"] = violations[j]
             rest[f"pessimism{suffix}"] = self.pessimisms[j]
         self.log_dict(bar, prog_bar=True, batch_size=len(rollout.keys))

@@ -431,18 +431,27 @@ def test_a_merged_role_is_taken_out_again_after_an_error(roles: Backbone) -> Non
 def test_roles_that_cannot_be_merged_are_read_in_one_pass_with_equal_states(
     roles: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokens, order = batch(), ["reward", BASE, "actor"]
-    widths: list[int] = []
+    tokens = batch()
+    parts = [tokens.rows(torch.tensor([0, 2])), tokens.rows(torch.tensor([1]))]
+    readers = dict.fromkeys(["reward", BASE, "actor"], lambda hidden, part: real(part, hidden))
+    heights: list[int] = []
     embedding = roles.model.get_input_embeddings()
-    hook = embedding.register_forward_hook(lambda _, i, __: widths.append(len(i[0])))
+    hook = embedding.register_forward_hook(lambda _, i, __: heights.append(len(i[0])))
     with roles.inference():
-        separate = roles.hidden_of_roles(tokens, order)
+        separate = roles.read(parts, readers)
         monkeypatch.setattr(Backbone, "mergeable", False)
-        together = roles.hidden_of_roles(tokens, order)
+        together = roles.read(parts, readers)
     hook.remove()
-    assert widths == [len(tokens)] * 3 + [3 * len(tokens)]
-    for one, other in zip(separate, together, strict=True):
-        torch.testing.assert_close(real(tokens, one), real(tokens, other), atol=1e-5, rtol=1e-5)
+    assert heights == [2, 1] * 3 + [6, 3]
+    for role in readers:
+        for one, other in zip(separate[role], together[role], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_roles_are_not_read_in_training_mode(roles: Backbone) -> None:
+    roles.train()
+    with pytest.raises(ValueError, match="training mode"):
+        roles.read([batch()], {"actor": lambda hidden, part: hidden})
 
 
 def test_the_model_reads_no_more_columns_than_the_longest_sequence_has(bare: Backbone) -> None:

@@ -450,7 +450,7 @@ def test_rows_of_a_rollout_belong_together() -> None:
 def test_joining_consecutive_rows_gives_the_rollout_back() -> None:
     whole = rollout()
     parts = [whole.rows(torch.tensor([0])), whole.rows(torch.tensor([1, 2]))]
-    again = Rollout.join(parts, whole.tokens)
+    again = Rollout.join(parts, PAD)
     assert again.keys == whole.keys
     assert again.costs.tolist() == whole.costs.tolist()
     assert again.costs.dtype == np.float64
