@@ -40,7 +40,8 @@ class Progress(TQDMProgressBar):
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         total = int(trainer.num_training_batches)
         done = batch_idx + 1
-        if self.plain and (done == total or done % max(total // self.lines, 1) == 0):
+        mine = self.plain and trainer.is_global_zero
+        if mine and (done == total or done % max(total // self.lines, 1) == 0):
             metrics = self.get_metrics(trainer, pl_module)
             figures = " ".join(f"{name}={value}" for name, value in metrics.items())
             print(f"  {done:>5}/{total}  {figures}", file=sys.stderr, flush=True)

@@ -219,13 +219,16 @@ def _cli(arguments: Sequence[str]) -> CLI:
 def _verdict_code(trainer: Trainer) -> int:
     """The exit code of a policy run; says the verdict, and writes one where no test was set up."""
     path = Path(trainer.default_root_dir) / VERDICT_FILE
-    if not any(isinstance(c, SafetyTest) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        reason = "the config has no callbacks.SafetyTest"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, verdict_record("NOT_TESTED", reason, None))
-    record = json.loads(path.read_text())
+    if any(isinstance(c, SafetyTest) for c in trainer.callbacks):  # type: ignore[attr-defined]
+        record = json.loads(path.read_text())
+    else:
+        record = verdict_record("NOT_TESTED", "the config has no callbacks.SafetyTest", None)
+        if trainer.is_global_zero:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, record)
     words = record["verdict"].replace("_", " ").lower() if record["verdict"] != "PASS" else "PASS"
-    print(f"verdict: {words} ({record['reason']}); see {path.parent}")
+    if trainer.is_global_zero:
+        print(f"verdict: {words} ({record['reason']}); see {path.parent}")
     return {"PASS": PASSED, "NO_SOLUTION_FOUND": NO_SOLUTION}.get(record["verdict"], NOT_TESTED)
 
 
@@ -248,6 +251,7 @@ QUIET_WARNINGS = (
     ".*does not have many workers.*",  # examples are encoded before the loader sees them
     ".*args parameter is intended to run from within Python.*",  # the demo does
     ".*smaller than the logging interval.*",
+    ".*sync_dist=True.*",  # every process of a policy run has the figures of all
     ".*LeafSpec.*",  # Lightning with a newer torch
     ".*in eval mode at the start of training.*",  # `AdapterModule.on_train_start`
     ".*is_gradient_checkpointing. is deprecated.*",  # PEFT asks transformers

@@ -14,9 +14,19 @@ from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.errors import InputError
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
-from hcrlhf.text import TextEncoder
+from hcrlhf.text import TextEncoder, Tokens
 
 Schedule = Literal["linear", "cosine", "constant"]
+
+
+def check_size(size: int | None, name: str) -> int | None:
+    """
+    Raises:
+        InputError: it is not a number of sequences.
+    """
+    if size is not None and size < 1:
+        raise InputError(f"{name} is a whole number >= 1 or null, got {size}")
+    return size
 
 
 class StageModule(LightningModule):
@@ -129,6 +139,13 @@ class AdapterModule(StageModule):
 
     def trained(self) -> Iterator[torch.nn.Parameter]:
         return (parameter for _, parameter in self.backbone.trained_parameters())
+
+    @staticmethod
+    def in_groups(tokens: Tokens, size: int | None, forward: Callable[[Tokens], Tensor]) -> Tensor:
+        """`forward` of all rows, in passes over `size` rows of similar length, in their order."""
+        groups = tokens.by_length(size)
+        parts = [forward(tokens.rows(rows)) for rows in groups]
+        return torch.cat(parts)[torch.cat(groups).argsort()]
 
     def on_train_start(self) -> None:
         # Hugging Face models arrive in evaluation mode, where gradient checkpointing is silently

@@ -52,7 +52,7 @@ from hcrlhf.stages import (
     write_stage,
 )
 from hcrlhf.text import Encoded, TextEncoder, Tokens, collate, join, load_tokenizer
-from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role
+from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role, check_size
 
 ACTOR = "policy"
 REFERENCE = "sft"
@@ -157,12 +157,6 @@ class Policy(AdapterModule):
                 raise InputError(f"{name} is >= 0, got {value}")
         if score_clip is not None and not score_clip > 0:
             raise InputError(f"score_clip is positive or null, got {score_clip}")
-        for name, size in (
-            ("micro_batch_size", micro_batch_size),
-            ("rollout_batch_size", rollout_batch_size),
-        ):
-            if size is not None and size < 1:
-                raise InputError(f"{name} is a whole number >= 1 or null, got {size}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
         self.automatic_optimization = False
         given: tuple[tuple[Slot, str | Scorer], ...] = (("reward", reward), ("cost", cost))
@@ -183,8 +177,8 @@ class Policy(AdapterModule):
         self.lora = lora
         self.critic_learning_rate = critic_learning_rate or learning_rate
         self.max_grad_norm = max_grad_norm
-        self.micro_batch_size = micro_batch_size
-        self.rollout_batch_size = rollout_batch_size
+        self.micro_batch_size = check_size(micro_batch_size, "micro_batch_size")
+        self.rollout_batch_size = check_size(rollout_batch_size, "rollout_batch_size")
         self.seed = seed
         self.updates = 0
         self.multiplier_states = [multiplier.start() for _ in self.constraints]

@@ -12,7 +12,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.examples import Pair
 from hcrlhf.stages import Stage, fingerprint, read_prompt_keys, read_stage, write_stage
 from hcrlhf.text import Encoded, TextEncoder, Tokens, collate, load_tokenizer
-from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role
+from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role, check_size
 from lightning_modules.pair_module import PairModule, require_same_scores
 
 
@@ -25,6 +25,8 @@ class Preference(PairModule, AdapterModule):
         lora: adapter of this role; only where the supervised stage trained the whole model
             (otherwise the role starts as a copy of the supervised adapter).
         sign_weight, penalty, squash: `PairModule`.
+        group_size: sequences that share a forward pass, those of similar length together, so that
+            less of it is padding; None takes a whole batch.
         quantization, dtype: of the backbone; None takes those of the supervised stage.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
     """
@@ -37,6 +39,7 @@ class Preference(PairModule, AdapterModule):
         sign_weight: float = 1.0,
         penalty: float = 1e-3,
         squash: float | None = None,
+        group_size: int | None = None,
         quantization: Literal["none", "nf4"] | None = None,
         dtype: Literal["float32", "bfloat16"] | None = None,
         learning_rate: float = 2e-4,
@@ -58,6 +61,7 @@ class Preference(PairModule, AdapterModule):
         )
         self.sft = sft
         self.lora = lora
+        self.group_size = check_size(group_size, "group_size")
         self.quantization = quantization
         self.dtype_name = dtype
 
@@ -106,9 +110,10 @@ class Preference(PairModule, AdapterModule):
     def forward(self, tokens: Tokens) -> Tensor:
         """Scores (B,) float32."""
         with self.backbone.role(self.role):
-            hidden = self.backbone.hidden(tokens)
-        scores: Tensor = self.backbone.scores(self.role, hidden, tokens)
-        return scores
+            return self.in_groups(tokens, self.group_size, self._score)
+
+    def _score(self, tokens: Tokens) -> Tensor:
+        return self.backbone.scores(self.role, self.backbone.hidden(tokens), tokens)
 
     def save_stage(self) -> None:
         """Writes adapter, head, tokenizer and `hcrlhf.json`, and scores with what was written.

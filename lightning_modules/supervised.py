@@ -13,7 +13,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, Prompt
 from hcrlhf.stages import BackboneSource, Stage, fingerprint, write_stage
 from hcrlhf.text import ChatFormat, Encoded, TextEncoder, Tokens, collate, load_tokenizer
-from lightning_modules.adapter_module import AdapterModule, Schedule
+from lightning_modules.adapter_module import AdapterModule, Schedule, check_size
 
 
 class Supervised(AdapterModule):
@@ -23,6 +23,8 @@ class Supervised(AdapterModule):
         model: Hugging Face folder or hub id of the base model.
         chat: template, system prompt and lengths, for this stage and all that follow.
         lora: adapter to train; None trains the whole model.
+        group_size: sequences that share a forward pass, those of similar length together, so that
+            less of it is padding; None takes a whole batch.
         quantization: of the base model, "nf4" for 4-bit (needs `lora`).
         dtype: of the weights that are not quantised.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
@@ -33,6 +35,7 @@ class Supervised(AdapterModule):
         model: str,
         chat: ChatFormat = ChatFormat(),  # noqa: B008 (frozen)
         lora: LoraOptions | None = None,
+        group_size: int | None = None,
         quantization: Literal["none", "nf4"] = "none",
         dtype: Literal["float32", "bfloat16"] = "float32",
         learning_rate: float = 2e-4,
@@ -49,6 +52,7 @@ class Supervised(AdapterModule):
             )
         self.chat = chat
         self.lora = lora
+        self.group_size = check_size(group_size, "group_size")
         self.source = BackboneSource(model, quantization, dtype)
         self.validation_loss = MeanMetric()
         self._seen_keys: set[str] = set()
@@ -85,8 +89,10 @@ class Supervised(AdapterModule):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """log π of the response tokens, (B, T)."""
-        log_probs: Tensor = self.backbone.log_probs(self.backbone.hidden(tokens), tokens)
-        return log_probs
+        return self.in_groups(tokens, self.group_size, self._log_probs)
+
+    def _log_probs(self, tokens: Tokens) -> Tensor:
+        return self.backbone.log_probs(self.backbone.hidden(tokens), tokens)
 
     def _loss(self, tokens: Tokens) -> Tensor:
         """Mean negative log-likelihood of the response tokens, in nats."""

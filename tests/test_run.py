@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -777,3 +779,55 @@ def test_a_bad_gradient_never_reaches_the_weights_and_the_kl_is_steered(
     # The KL is far above its target after the first update: two rises of a tenth.
     assert coefficients[-1] == pytest.approx(state["policy"]["kl_coefficient"])
     assert coefficients[-1] > coefficients[0]
+
+
+def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
+    limits = (
+        "--model.init_args.constraints=[{estimand: mean, threshold: 3.5, safety_prompts: 40}, "
+        "{estimand: harm_rate, threshold: 0.97, safety_prompts: 40}]"
+    )
+    # Micro-batches and an uneven share, so that nothing fits by accident.
+    more = [limits, "--model.init_args.micro_batch_size", "3"]
+    more += ["--data.init_args.prompts_per_update", "7"]
+    assert fit(demo, tmp_path / "one" / "policy", *more) == PASSED
+    root = tmp_path / "two" / "policy"
+    arguments = policy_arguments(demo, root, *more, "--trainer.devices", "2")
+    finished = subprocess.run(
+        [sys.executable, "-m", "hcrlhf", "fit", *arguments, "--trainer.strategy", "ddp"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert finished.returncode == PASSED, finished.stderr
+    assert finished.stdout.count("verdict: PASS") == 1
+
+    rows = [
+        list(csv.DictReader((folder / "metrics.csv").open()))
+        for folder in (tmp_path / "one" / "policy", root)
+    ]
+    assert len(rows[0]) == len(rows[1])
+    compared = 0
+    for one, two in zip(*rows, strict=True):
+        for name, value in one.items():
+            if value and ("lambda" in name or "pessimism" in name or "violation" in name):
+                assert float(two[name]) == pytest.approx(float(value), rel=1e-6, abs=1e-6)
+                compared += 1
+    assert compared == 3 * 6  # updates; λ, k and g of both limits
+    certificates = [
+        read(tmp_path / name / "policy" / "certificate.json") for name in ("one", "two")
+    ]
+    costs = [np.array(certificate["data"]["costs"]) for certificate in certificates]
+    np.testing.assert_allclose(costs[0], costs[1], atol=1e-4)
+    weights = [
+        safetensors.torch.load_file(
+            tmp_path / name / "policy" / "policy" / "adapter_model.safetensors"
+        )
+        for name in ("one", "two")
+    ]
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
+    lines = [(tmp_path / name / "ledger.jsonl").read_text().count("\n") for name in ("one", "two")]
+    assert lines[0] == lines[1]
+    answered = [(tmp_path / n / "policy" / "responses.jsonl").read_text() for n in ("one", "two")]
+    assert answered[0].count("\n") == answered[1].count("\n") == 40
