@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,8 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -37,6 +39,7 @@ from hcrlhf.cli import (
     PASSED,
     did_you_mean,
 )
+from hcrlhf.completions import markdown_table
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import write_json
 from hcrlhf.kl import AdaptiveKL
@@ -44,6 +47,7 @@ from hcrlhf.methods import METHODS
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.text import one_line
 from lightning_modules import Policy, Preference, PreferenceClassifier, Supervised
+from lightning_modules.adapter_module import QUANTISES_ADAPTERS
 
 KNOWN_CLASSES = [
     *(f"hcrlhf.methods.{cls.__name__}" for cls in METHODS.values()),
@@ -121,6 +125,37 @@ class MetricsFile(CSVLogger):
             super().save()
 
 
+class EventFiles(TensorBoardLogger):
+    """TensorBoard's event files in RUN/tensorboard, made with the first figure or text."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, name="tensorboard", version="", default_hp_metric=False)
+        self._begun = False
+
+    @property
+    def experiment(self) -> Any:
+        # As with `MetricsFile`: None makes no folder.
+        return super().experiment if self._begun else None
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self._begun = True
+        # A point that is not finite cannot be drawn, and the writer says so each time.
+        super().log_metrics({k: v for k, v in metrics.items() if math.isfinite(v)}, step)
+
+    @rank_zero_only
+    def log_text(
+        self, key: str, columns: list[str], data: list[list[str]], step: int | None = None
+    ) -> None:
+        """A table as text; the signature is that of Lightning's WandbLogger."""
+        self._begun = True
+        self.experiment.add_text(key, markdown_table(columns, data), step)
+
+    def save(self) -> None:
+        if self._experiment is not None:
+            self._experiment.flush()
+
+
 class CLI(LightningCLI):
     """Adds the run folder: `trainer.default_root_dir` holds everything that a run writes."""
 
@@ -136,6 +171,13 @@ class CLI(LightningCLI):
             raise InputError(
                 "trainer.default_root_dir names the run's folder, and it is not set; for example "
                 "--trainer.default_root_dir runs/my-run"
+            )
+        # Without a GPU Lightning would take bf16 in its place, and the same config would be refused
+        # only where there is one.
+        if str(trainer.precision) in ("16", "16-mixed"):
+            raise InputError(
+                f"precision {trainer.precision} scales the loss, and the gradients with it, which "
+                "a limit on their norm would then cut; use bf16-mixed or 32-true"
             )
         folder = Path(trainer.default_root_dir)
         resumed = config.get("ckpt_path")
@@ -164,15 +206,25 @@ class CLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand].trainer
-        if config.logger in (None, True):
-            # metrics.csv lies in the run folder itself; the other commands log nothing there.
-            logger: Any = False
-            if self.subcommand == "fit":
-                logger = MetricsFile(config.default_root_dir)
-            kwargs["logger"] = logger
+        given = config.logger
+        own = given in (None, True)
+        if self.subcommand == "fit" and given is not False:
+            # What the config names comes beside ours; these lie in the run folder itself.
+            others = [] if own else given if isinstance(given, list) else [given]
+            folder = config.default_root_dir
+            kwargs["logger"] = [MetricsFile(folder), EventFiles(folder), *others]
+        elif own:
+            kwargs["logger"] = False  # the other commands leave nothing to look up later
         if isinstance(self.model, Policy):
             kwargs["use_distributed_sampler"] = False  # it shares a batch out itself
-        return super().instantiate_trainer(**kwargs)
+        plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins]
+        # Lightning's trainer asks for a GPU before it asks the module, which refuses as well.
+        if any(isinstance(plugin, BitsandbytesPrecision) for plugin in plugins):
+            raise InputError(QUANTISES_ADAPTERS)
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:  # settings that Lightning's trainer itself refuses
+            raise InputError(f"trainer: {one_line(error)}") from error
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -275,7 +327,7 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
 NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Expected a <class .(?:NoneType|str).>$|"
     r"Given value|Expected a path but|Problem with given class_path|Not a valid subclass|"
-    r"- Expected a path)"
+    r"- Expected a path|Subclass types expect|a class path \(str\)|a dict with)"
 )
 
 
@@ -313,19 +365,42 @@ def remedy(text: str) -> str:
     if found := re.search(r"No module named '([\w.]+)'", text):
         return f"no module {found[1]!r}{did_you_mean(found[1], KNOWN_CLASSES)}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", text):
-        return f"unknown key {found[1]!r}{did_you_mean(found[1], known_keys())}"
+        return unknown_key(found[1])
     if re.match(r"Unexpected config:?$", text):
         return "a config file holds no keys; expected YAML with model, data and trainer"
     if found := re.search(r"arguments are required: fit.model|are required: \w+\.model", text):
         return "no model is given; name a config with --config FILE.yaml"
     unknown = r"(?:unrecognized arguments: -*|does not accept option ')([\w.]+)"
     if found := re.search(unknown, text):
-        key = found[1].removeprefix("model.").removeprefix("data.").removeprefix("trainer.")
-        near = did_you_mean(key.rpartition(".")[2], known_keys())
-        return f"unknown key {found[1]!r}{near}"
+        return unknown_key(found[1])
     text = re.sub(r"typing\.Literal\[(.*?)\]", r"one of \1", text)
     text = re.sub(r"<class '(?:[\w.]*\.)?(\w+)'>", r"\1", text)
     return re.sub(r"Expected an? (.*?)\. Got value: (.*)", r"expected \1, got \2", text)
+
+
+FULL_SOFTMAX = (
+    "training samples from the full softmax, since the log-probabilities that PPO and the KL "
+    "compare are those of the full softmax; the safety test and the shipped "
+    "generation_config.json draw likewise (top_k 0, top_p 1, repetition_penalty 1), so that what "
+    "is tested is what is used; remove it"
+)
+RESPONSE_LIMIT = (
+    "the length limit of responses is chat.max_response_tokens of the supervised stage, which "
+    "every later stage reads; change it there and run the stages again"
+)
+# Keys that people know from elsewhere, and what takes their place here.
+FOREIGN_KEYS = {
+    **dict.fromkeys(("top_k", "top_p", "min_p", "repetition_penalty"), FULL_SOFTMAX),
+    **dict.fromkeys(("max_new_tokens", "max_length", "response_length"), RESPONSE_LIMIT),
+}
+
+
+def unknown_key(key: str) -> str:
+    """What to do about a key that nothing accepts."""
+    name = key.rpartition(".")[2]
+    if name in FOREIGN_KEYS:
+        return f"no key {name!r}: {FOREIGN_KEYS[name]}"
+    return f"unknown key {key!r}{did_you_mean(name, known_keys())}"
 
 
 def known_keys() -> list[str]:

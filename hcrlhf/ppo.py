@@ -26,6 +26,31 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
+def k3(log_ratio: Tensor) -> Tensor:
+    """ρ - 1 - log ρ per token, ρ = q / p of a token that was sampled from p.
+
+    Unbiased for KL(p ‖ q) and never negative; it is watched, not optimised
+    (http://joschu.net/blog/kl-approx.html).
+
+    Args:
+        log_ratio: log q - log p.
+    """
+    return log_ratio.exp() - 1 - log_ratio
+
+
+def explained_variance(returns: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """1 - Var(R - V) / Var(R) over the masked entries: a scalar; NaN where R does not vary.
+
+    1: the critic knows every return; 0: no better than a constant; below 0: worse.
+
+    Args:
+        returns, values, mask: (B, T).
+    """
+    aim, error = returns[mask], (returns - values)[mask]
+    total = aim.var(correction=0)
+    return torch.where(total > 0, 1 - error.var(correction=0) / total, torch.nan)
+
+
 def at_last_token(scores: Tensor, mask: Tensor) -> Tensor:
     """(B,) scores placed on the last response token of each row, zero elsewhere: (B, T)."""
     last = mask & ~torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
@@ -135,16 +160,11 @@ class ClippedPolicy(Learner):
         ).sum()
 
     def update_statistics(self, log_probs: Tensor, rollout: Rollout) -> UpdateStatistics:
-        """How far the policy has moved from the one that sampled.
-
-        k3 = (ρ - 1) - log ρ is unbiased for KL(old ‖ new) and never negative; it is watched, not
-        optimised (http://joschu.net/blog/kl-approx.html).
-        """
+        """How far the policy has moved from the one that sampled: `k3` of old to new."""
         mask = rollout.tokens.response_mask
         log_ratio = (log_probs - rollout.log_probs).masked_fill(~mask, 0.0)
-        ratio = log_ratio.exp()
-        clipped = ((ratio - 1).abs() > self.clip) & mask
-        return UpdateStatistics((ratio - 1 - log_ratio).sum(), clipped.sum())
+        clipped = ((log_ratio.exp() - 1).abs() > self.clip) & mask
+        return UpdateStatistics(k3(log_ratio).sum(), clipped.sum())
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,11 @@ from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
 from hcrlhf.text import TextEncoder, Tokens
 
+SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+QUANTISES_ADAPTERS = (
+    "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing to train; "
+    "remove it and set quantization: nf4 on the module"
+)
 Schedule = Literal["linear", "cosine", "constant"]
 
 
@@ -66,10 +71,7 @@ class StageModule(LightningModule):
     def setup(self, stage: str) -> None:
         precision = type(self.trainer.precision_plugin).__name__
         if precision == "BitsandbytesPrecision":
-            raise InputError(
-                "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing "
-                "to train; remove it and set quantization: nf4 on the module"
-            )
+            raise InputError(QUANTISES_ADAPTERS)
         if str(self.trainer.precision) not in ("32-true", "bf16-mixed"):
             raise InputError(
                 f"precision {self.trainer.precision} would cast the adapters and heads; "
@@ -131,7 +133,17 @@ class AdapterModule(StageModule):
     encoder: TextEncoder
 
     def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
-        """The frozen backbone of this run (trainable as a whole with `full`)."""
+        """The frozen backbone of this run (trainable as a whole with `full`).
+
+        Raises:
+            InputError: a strategy that shards weights meets 4-bit ones.
+        """
+        strategy = type(self.trainer.strategy).__name__
+        if source.quantization == "nf4" and strategy in SHARDING:
+            raise InputError(
+                f"trainer.strategy {strategy} shards weights, which packed 4-bit weights do not "
+                "survive; use quantization: none, or a strategy that keeps the backbone whole"
+            )
         model = load_causal_lm(source, self.device)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -35,8 +35,10 @@ from hcrlhf.hashing import file_sha256
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, MultiplierState, ProjectedMultiplier
-from hcrlhf.ppo import PPO
+from hcrlhf.phases import Phases
+from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.preferences import squashed
+from hcrlhf.refusals import is_refusal
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
@@ -52,11 +54,13 @@ from hcrlhf.stages import (
     write_stage,
 )
 from hcrlhf.text import Encoded, TextEncoder, Tokens, collate, join, load_tokenizer
+from hcrlhf.truncation import TruncationWatch
 from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role, check_size
 
 ACTOR = "policy"
 REFERENCE = "sft"
 SKIP_PATIENCE = 10  # gradients in a row that are not finite before the run stops
+LEARNING_RATES = {"actor": "learning_rate", "critics": "critic_learning_rate"}  # as logged
 CAP_PATIENCE = 50  # updates with λ at its cap before it is said
 FORECAST_EVERY = 10  # updates between two forecasts of the bounds: on a tiny model they cost much
 
@@ -183,6 +187,7 @@ class Policy(AdapterModule):
         self.updates = 0
         self.multiplier_states = [multiplier.start() for _ in self.constraints]
         self._updates_at_cap = [0 for _ in self.constraints]
+        self._truncation_watch = TruncationWatch()
         self.variances = [RunningVariance(c.std_floor) for c in self.constraints]
         self.recent_costs: list[float] = []  # the last safety_prompts ones, for the pessimism
         self.pessimisms = [0.0 for _ in self.constraints]
@@ -213,6 +218,11 @@ class Policy(AdapterModule):
             raise InputError(
                 f"max_steps {self.trainer.max_steps} would count optimizer steps, not updates; "
                 "set data.init_args.updates instead"
+            )
+        if stage == "fit" and self.trainer.max_epochs != 1:
+            raise InputError(
+                f"max_epochs {self.trainer.max_epochs} of a policy: one epoch is the whole run, "
+                "whose length is data.init_args.updates; set trainer.max_epochs: 1"
             )
         self._read_stages()
         self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
@@ -431,24 +441,36 @@ class Policy(AdapterModule):
         return torch.stack([self._log_probs(hidden, part), *values], dim=1)
 
     def _rollout(
-        self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot] = ("reward", "cost")
+        self,
+        batch: PromptBatch,
+        seeds: list[int],
+        asked: Sequence[Slot] = ("reward", "cost"),
+        phases: Phases | None = None,
     ) -> Rollout:
         """Responses to a batch, with what models and the scorers that are asked say of them.
 
         With several processes each answers its share, and all get the whole.
         """
-        count = len(batch.keys)
+        count, phases = len(batch.keys), phases or Phases(self.device)
         if processes.rank_and_size()[1] == 1:
-            return self._own_rollout(batch, seeds, asked)
+            return self._own_rollout(batch, seeds, asked, phases)
         mine = processes.share(count)
-        own = self._own_rollout(batch.rows(mine), [seeds[i] for i in mine.tolist()], asked)
+        own = self._own_rollout(batch.rows(mine), [seeds[i] for i in mine.tolist()], asked, phases)
         parts = processes.gathered(own.to("cpu"))
         whole = Rollout.join(parts, self.encoder.pad_id)
         return whole.rows(processes.in_order(count)).to(self.device)
 
-    def _own_rollout(self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot]) -> Rollout:
+    def _own_rollout(
+        self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot], phases: Phases
+    ) -> Rollout:
         """`_rollout` of this process alone."""
-        rollout = self.score(self.respond(batch, seeds), batch.keys)
+        with phases.measured("rollout"):
+            tokens = self.respond(batch, seeds)
+        with phases.measured("score"):
+            return self._asked(batch, self.score(tokens, batch.keys), asked)
+
+    def _asked(self, batch: PromptBatch, rollout: Rollout, asked: Sequence[Slot]) -> Rollout:
+        """The rollout with the scores of external scorers."""
         scorers = {slot: self.scorers[slot] for slot in asked if slot in self.scorers}
         if not scorers:
             return rollout
@@ -483,12 +505,14 @@ class Policy(AdapterModule):
             response_seed(self.seed, "rollout", self.updates, row, key)
             for row, key in enumerate(batch.keys)
         ]
-        rollout = self._with_moments(self._rollout(batch, seeds))
+        phases = Phases(self.device)
+        rollout = self._with_moments(self._rollout(batch, seeds, phases=phases))
         scores, violations = self._constrain(rollout)
         if self.updates == 0 and self.critics:
             rollout = self._start_critics(rollout, scores)
         targets = self.learner.targets(rollout, scores, self.multipliers, self.kl_coefficient)
-        statistics = self._improve(rollout, targets)
+        with phases.measured("update"):
+            statistics = self._improve(rollout, targets)
         self.multiplier_states = [
             self.multiplier.step(state, g)
             for state, g in zip(self.multiplier_states, violations, strict=True)
@@ -497,8 +521,9 @@ class Policy(AdapterModule):
             kl = float(rollout.kl.sum(dim=1).mean())
             self.kl_coefficient = self.adaptive_kl.update(self.kl_coefficient, kl)
         self.updates += 1
-        self._report(rollout, violations, statistics)
+        self._report(rollout, targets, violations, statistics, phases)
         self._warn_at_cap(rollout)
+        self._warn_truncated(rollout)
 
     def _with_moments(self, rollout: Rollout) -> Rollout:
         """The rollout with a standardised reward; the first one measures what is missing."""
@@ -520,6 +545,12 @@ class Policy(AdapterModule):
                     f"reference; forecast of the bound {constraint.forecast(rollout.costs):.3g}, "
                     f"limit {constraint.threshold:g}"
                 )
+
+    def _warn_truncated(self, rollout: Rollout) -> None:
+        share = float(rollout.tokens.truncated.float().mean())
+        words = self._truncation_watch.notice(share, self.encoder.chat.max_response_tokens)
+        if words is not None:
+            rank_zero_warn(words)
 
     def _constrain(self, rollout: Rollout) -> tuple[Tensor, list[float]]:
         """Scores per stream (1 + C, B): reward and pessimistic costs; and every violation g."""
@@ -603,9 +634,13 @@ class Policy(AdapterModule):
                     totals[name] = totals.get(name, 0.0) + value
             if self.learner.target_kl is not None and epoch_kl > self.learner.target_kl:
                 break
+        means = {name: value / steps for name, value in totals.items()} | {"inner_steps": steps}
+        # Before the schedule moves on: the rates that these steps were made with.
+        for group in optimizer.param_groups:
+            means[LEARNING_RATES[group["name"]]] = group["lr"]
         schedulers: Any = self.lr_schedulers()
         schedulers.step()
-        return {name: value / steps for name, value in totals.items()} | {"inner_steps": steps}
+        return means
 
     def _usable(self, norm: Tensor) -> bool:
         """Whether a gradient may reach the optimizer; one that is not finite is skipped.
@@ -674,9 +709,16 @@ class Policy(AdapterModule):
         return torch.stack(losses).sum()
 
     def _report(
-        self, rollout: Rollout, violations: list[float], statistics: dict[str, float]
+        self,
+        rollout: Rollout,
+        targets: Targets,
+        violations: list[float],
+        statistics: dict[str, float],
+        phases: Phases,
     ) -> None:
+        """Logs one update; docs/metrics.md says what each name means, and its unit."""
         mask = rollout.tokens.response_mask
+        texts = self.encoder.decode(rollout.tokens)
         lengths = mask.sum(dim=1).float()
         bar = {
             "reward": float(rollout.rewards.mean()),
@@ -685,13 +727,23 @@ class Policy(AdapterModule):
         }
         rest = {
             "updates": float(self.updates),
+            "kl_k3": float(k3(-rollout.kl).sum(dim=1).mean()),
             "harm_rate": float((rollout.costs > 0).mean()),
             "entropy": float(-(rollout.log_probs * mask).sum() / mask.sum()),
             "response_tokens": float(lengths.mean()),
             "truncated": float(rollout.tokens.truncated.float().mean()),
+            "refused_by_phrases": sum(map(is_refusal, texts)) / len(texts),
             "kl_coefficient": self.kl_coefficient,
+            "tokens_per_second": float(lengths.sum()) / phases.seconds,
             **statistics,
+            **phases.figures,
         }
+        explained = [
+            float(explained_variance(returns, values, mask))
+            for returns, values in zip(targets.returns, rollout.values, strict=True)
+        ]
+        if explained:
+            rest["explained_variance_reward"] = explained.pop(0)
         for j, constraint in enumerate(self.constraints):
             suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
             bar[f"lambda{suffix}"] = self.multipliers[j]
@@ -700,6 +752,8 @@ class Policy(AdapterModule):
             bar[f"bound{suffix}"] = self._forecasts[j]
             rest[f"violation{suffix}"] = violations[j]
             rest[f"pessimism{suffix}"] = self.pessimisms[j]
+            if explained:
+                rest[f"explained_variance_cost{suffix}"] = explained[j]
         self.log_dict(bar, prog_bar=True, batch_size=len(rollout.keys))
         self.log_dict(rest, batch_size=len(rollout.keys))
 

@@ -4,11 +4,15 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from hcrlhf.cli import main
+from hcrlhf.errors import InputError
 from hcrlhf.lightning_cli import short_error
+from hcrlhf.stages import BackboneSource
+from lightning_modules.adapter_module import AdapterModule
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -64,6 +68,32 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
             "at least 299 are needed",
         ),
         (["--trainer.precision", "16-true"], "use 32-true or bf16-mixed"),
+        (["--trainer.precision", "bf16-true"], "use 32-true or bf16-mixed"),
+        (["--trainer.precision", "16-mixed"], "use bf16-mixed or 32-true"),
+        (
+            ["--trainer.plugins=[{class_path: lightning.pytorch.plugins.HalfPrecision}]"],
+            "use 32-true or bf16-mixed",
+        ),
+        (
+            [
+                "--trainer.plugins=[{class_path: lightning.pytorch.plugins.BitsandbytesPrecision, "
+                "init_args: {mode: nf4}}]"
+            ],
+            "quantise the adapters too.*set quantization: nf4 on the module",
+        ),
+        (["--trainer.strategy", "fsdp"], "trainer: The strategy `fsdp` requires a GPU"),
+        (["--trainer.max_epochs", "2"], "one epoch is the whole run.*data.init_args.updates"),
+        (["--trainer.max_epochs", "null"], "set trainer.max_epochs: 1"),
+        (["--model.init_args.decoding={top_k: 50}"], "no key 'top_k': .* full softmax.* remove it"),
+        (["--model.init_args.decoding.top_p", "0.9"], "no key 'top_p': .* full softmax"),
+        (
+            ["--model.init_args.decoding={temperature: 1, repetition_penalty: 1.2}"],
+            "no key 'repetition_penalty': .*generation_config.json draw likewise",
+        ),
+        (
+            ["--model.init_args.decoding={max_new_tokens: 64}"],
+            "chat.max_response_tokens of the supervised stage",
+        ),
         (["--trainer.max_steps", "7"], "would count optimizer steps"),
         (["--trainer.gradient_clip_val", "1"], "set model.init_args.max_grad_norm"),
         (["--trainer.accumulate_grad_batches", "2"], "set model.init_args.micro_batch_size"),
@@ -139,3 +169,11 @@ def test_a_parser_message_of_many_lines_becomes_one() -> None:
         "    - Expected a <class 'NoneType'>\n  Given value: Namespace(a=1)"
     )
     assert short_error(message) == "model.rate: expected float, got x"
+
+
+@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
+def test_weights_of_4_bit_are_not_sharded(strategy: str) -> None:
+    # A stand-in: the real strategies refuse a machine without a GPU before we are asked.
+    stub = SimpleNamespace(trainer=SimpleNamespace(strategy=type(strategy, (), {})()))
+    with pytest.raises(InputError, match=f"{strategy} shards weights.*quantization: none"):
+        AdapterModule.build_backbone(stub, BackboneSource("nowhere", quantization="nf4"))

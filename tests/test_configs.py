@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 BASES = {
     ROOT / f"configs/demo/{name}.yaml": ROOT / "configs/demo/policy.yaml"
     for name in ("unconstrained", "rloo")
-}
+} | {ROOT / "configs/loggers/wandb.yaml": ROOT / "configs/demo/policy.yaml"}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")

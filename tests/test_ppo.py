@@ -20,7 +20,9 @@ from hcrlhf.ppo import (
     at_last_token,
     clipped_policy_loss,
     clipped_value_loss,
+    explained_variance,
     generalized_advantages,
+    k3,
     lagrangian_advantage,
     masked_mean,
     token_rewards,
@@ -495,3 +497,38 @@ def test_settings_out_of_range_are_refused_with_what_was_given(
 @pytest.mark.parametrize("gae_lambda", [0, 1])
 def test_both_ends_of_gae_lambda_are_allowed(gae_lambda: float) -> None:
     assert PPO(gae_lambda=gae_lambda).gae_lambda == gae_lambda
+
+
+# -- what is watched ---------------------------------------------------------------------------
+
+
+def test_k3_is_what_the_ratio_exceeds_its_tangent_by() -> None:
+    # ρ = 2: 2 - 1 - log 2; ρ = 1/2: 1/2 - 1 + log 2; ρ = 1: nothing.
+    found = k3(torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64).log())
+    assert found.tolist() == pytest.approx([1 - math.log(2), math.log(2) - 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1.0, 2.0, 3.0, 6.0], 1.0),
+        ([9.0, 9.0, 9.0, 9.0], 0.0),  # a constant, even a wrong one, explains nothing
+        ([0.0, 1.0, 2.0, 5.0], 1.0),  # nor does a constant error spoil it
+        # Errors 0, 0, 0, 4 have variance 3; returns 1, 2, 3, 6 have 3.5.
+        ([1.0, 2.0, 3.0, 2.0], 1 - 3 / 3.5),
+        ([-1.0, -2.0, -3.0, -6.0], -3.0),  # errors of twice the returns
+    ],
+)
+def test_the_explained_variance_counts_response_tokens_only(
+    values: list[float], expected: float
+) -> None:
+    returns = torch.tensor([[1.0, 2.0, 99.0], [3.0, 6.0, -99.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    predicted = torch.tensor([[values[0], values[1], 7.0], [values[2], values[3], 7.0]])
+    assert float(explained_variance(returns, predicted, mask)) == pytest.approx(expected)
+
+
+def test_returns_that_do_not_vary_leave_nothing_to_explain() -> None:
+    same = torch.ones(2, 3)
+    found = explained_variance(same, torch.rand(2, 3), torch.ones(2, 3, dtype=torch.bool))
+    assert math.isnan(float(found))

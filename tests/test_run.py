@@ -40,8 +40,11 @@ SMALL = ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates",
 LIMIT = "[{estimand: mean, threshold: %s, safety_prompts: 40}]"
 ALWAYS = [f"--model.init_args.constraints={LIMIT % 3.5}"]
 NEVER = [f"--model.init_args.constraints={LIMIT % -3}"]
+EACH_STEP = ["--trainer.log_every_n_steps", "1"]
 OVERRIDES = {
-    "sft": ["--trainer.max_epochs", "1"],
+    "sft": ["--trainer.max_epochs", "1", *EACH_STEP],
+    "reward": EACH_STEP,
+    "cost": EACH_STEP,
     "unconstrained": [*SMALL, *ALWAYS],
     "policy": [*SMALL, *ALWAYS],
 }
@@ -541,6 +544,97 @@ def test_several_constraints_and_separate_critics_run_to_a_verdict(
     assert {PASSED: "PASS", NO_SOLUTION: "NO_SOLUTION_FOUND"}[code] == verdict
     header = (root / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"lambda_mean", "lambda_harm_rate", "bound_mean", "bound_harm_rate"} <= set(header)
+    assert {"explained_variance_cost_mean", "explained_variance_cost_harm_rate"} <= set(header)
+
+
+def documented(stage: str) -> set[str]:
+    """The names that docs/metrics.md gives for a stage; * as the run has it that asks."""
+    text = (CONFIGS.parent.parent / "docs" / "metrics.md").read_text()
+    section = text.split(f"\n## {stage}\n")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    return set(re.findall(r"`([^`]+)`", " ".join(rows)))
+
+
+def logged(folder: Path) -> set[str]:
+    return set((folder / "metrics.csv").read_text().splitlines()[0].split(","))
+
+
+def test_every_figure_that_a_stage_logs_is_documented_and_the_other_way_round(demo: Path) -> None:
+    assert logged(demo / "policy") == documented("Policy")
+    assert logged(demo / "sft") == documented("Supervised")
+    assert logged(demo / "cost") == documented("Preference")
+    # A reward model has no signs to be right about.
+    signs = {"val/calibration_error", "val/harmful_share"}
+    signs |= {name for name in documented("Preference") if "sign_accuracy" in name}
+    assert logged(demo / "reward") == documented("Preference") - signs
+
+
+def test_the_figures_of_an_update_hang_together(demo: Path) -> None:
+    root = demo / "policy"
+    tokens = column(root, "response_tokens")
+    phases = [column(root, f"seconds/{name}") for name in ("rollout", "score", "update")]
+    speed = [8 * n / sum(t) for n, t in zip(tokens, zip(*phases, strict=True), strict=True)]
+    assert column(root, "tokens_per_second") == pytest.approx(speed, rel=1e-4)
+    assert column(root, "kl")[0] == column(root, "kl_k3")[0] == 0  # the reference itself
+    assert all(value > 0 for value in column(root, "kl_k3")[1:])
+    # 1.5e-3 falls to nothing over three updates; both groups keep their ratio.
+    assert column(root, "learning_rate") == pytest.approx([1.5e-3, 1e-3, 5e-4])
+    assert column(root, "critic_learning_rate") == pytest.approx([3e-3, 2e-3, 1e-3])
+    # A critic that begins as a constant explains nothing.
+    for name in ("reward", "cost"):
+        assert column(root, f"explained_variance_{name}")[0] < 0.5
+
+
+def test_figures_go_to_tensorboard_too_and_loggers_of_ones_own_come_beside(
+    demo: Path, tmp_path: Path
+) -> None:
+    (events,) = (demo / "policy" / "tensorboard").iterdir()
+    assert b"kl_k3" in events.read_bytes() and b"seconds/rollout" in events.read_bytes()
+    short = ["--trainer.limit_train_batches", "2"]
+    given = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": str(tmp_path / "mine"), "name": "x"},
+    }
+    for name, logger in (("one", json.dumps(given)), ("list", json.dumps([given]))):
+        assert fit_stage(demo, "sft", tmp_path / name, *short, f"--trainer.logger={logger}") == 0
+        assert (tmp_path / name / "metrics.csv").is_file()
+        assert (tmp_path / name / "tensorboard").is_dir()
+    assert len(list((tmp_path / "mine").rglob("metrics.csv"))) == 2
+    assert fit_stage(demo, "sft", tmp_path / "none", *short, "--trainer.logger", "false") == 0
+    assert not (tmp_path / "none" / "metrics.csv").exists()
+    assert not (tmp_path / "none" / "tensorboard").exists()
+
+
+def test_completions_show_the_same_prompts_as_the_policy_learns_and_do_not_touch_it(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent, shown = tmp_path / "silent" / "run", tmp_path / "shown" / "run"
+    assert fit(demo, silent, *ALWAYS, tested()) == PASSED
+    options = {"every_n_updates": 2, "count": 3, "console": 1}
+    completions = {"class_path": "callbacks.Completions", "init_args": options}
+    shown.mkdir(parents=True)
+    (shown / "completions.jsonl").write_text("of an earlier run\n")
+    capsys.readouterr()
+    with_table = tested().replace("=[", f"=[{json.dumps(completions)}, ")
+    assert fit(demo, shown, *ALWAYS, with_table) == PASSED
+    printed = capsys.readouterr().err
+    records = [json.loads(line) for line in (shown / "completions.jsonl").open()]
+    # Every second update, and after the last of three.
+    assert [r["update"] for r in records] == [2, 2, 2, 3, 3, 3]
+    assert [r["key"] for r in records[:3]] == [r["key"] for r in records[3:]]
+    validation = (demo / "world" / "prompts" / "validation.jsonl").read_text()
+    assert all(json.dumps(r["prompt"]) in validation for r in records)
+    assert printed.count("answers after 2 updates") == printed.count("after 3 updates") == 1
+    assert printed.count(records[0]["prompt"].split()[0]) >= 2
+    (events,) = (shown / "tensorboard").iterdir()
+    assert b"| prompt | response | reward | cost |" in events.read_bytes()
+    name = "policy/adapter_model.safetensors"
+    assert (silent / name).read_bytes() == (shown / name).read_bytes()
+    states = [
+        torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["policy"]
+        for root in (silent, shown)
+    ]
+    assert states[0] == states[1]
 
 
 def test_validate_and_predict_run_on_a_finished_policy(demo: Path, tmp_path: Path) -> None:
