@@ -312,7 +312,7 @@ def timed() -> Iterator[None]:
 
     places: list[tuple[Any, str, str]] = [
         (policy_module, "sample", "generation"),
-        *((Backbone, m, "forward") for m in ("hidden_of_roles", "hidden", "log_probs")),
+        *((Backbone, m, "forward") for m in ("read", "hidden", "log_probs")),
         *((Backbone, m, "forward") for m in ("values", "scores")),
         (Policy, "manual_backward", "backward"),
         (torch.optim.AdamW, "step", "optimizer"),
