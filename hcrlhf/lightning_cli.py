@@ -268,7 +268,8 @@ def _is_about_the_run(record: logging.LogRecord) -> bool:
 
 NOISE = re.compile(
     r"^(Does not validate against|Subtypes:|Errors:|Expected a <class .(?:NoneType|str).>$|"
-    r"Given value|Expected a path but|Problem with given class_path|Not a valid subclass|- Expected a path)"
+    r"Given value|Expected a path but|Problem with given class_path|Not a valid subclass|"
+    r"- Expected a path)"
 )
 
 
