@@ -97,7 +97,7 @@ def page(results: Mapping[str, Any]) -> str:
         "| | pair accuracy (95%) |",
         "|---|---|",
         f"| encoder | {interval(figures['accuracy'])} |",
-        f"| TF-IDF and logistic regression, same folds | {interval(figures['baseline accuracy'])} |",
+        f"| TF-IDF, logistic regression | {interval(figures['baseline accuracy'])} |",
         f"| the longer response | {interval(figures['accuracy of: the longer one'])} |",
         f"| encoder minus TF-IDF, paired, resampling prompts | {interval(difference)} |",
         "",

@@ -201,13 +201,12 @@ def test_a_scorer_of_ones_own_needs_scores_alone() -> None:
 def test_a_classifier_scores_a_text_alike_alone_and_in_any_batch(encoder_folder: Path) -> None:
     responses = ["yes", "no, not at all, never", "", "perhaps"]
     prompts = [user_turn(f"question {i}?") for i in range(4)]
-    one, two = (
-        SequenceClassifier(str(encoder_folder), batch_size=size).checked(prompts, responses)
-        for size in (1, 3)
-    )
-    np.testing.assert_allclose(one, two, atol=1e-5)
-    assert one.dtype == np.float64
-    assert len(set(one.round(3))) == 4
+    scorer = SequenceClassifier(str(encoder_folder), batch_size=3)
+    together = scorer.checked(prompts, responses)
+    alone = [scorer.checked([p], [r])[0] for p, r in zip(prompts, responses, strict=True)]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    assert together.dtype == np.float64
+    assert len(set(together.round(3))) == 4
 
 
 def test_a_long_text_is_warned_of_once(encoder_folder: Path) -> None:
@@ -245,6 +244,15 @@ def test_a_trained_classifier_brings_its_settings(encoder_folder: Path, tmp_path
     record = scorer.provenance()
     assert record["weights"] == fingerprint(str(cost))
     assert (record["max_tokens"], record["squash"]) == (48, 3.0)
+
+
+def test_an_adapter_stage_is_no_classifier_and_a_plain_folder_has_no_stage(
+    encoder_folder: Path, tmp_path: Path
+) -> None:
+    assert read_classifier_stage(str(encoder_folder), "reward", "reward") is None
+    (tmp_path / "hcrlhf.json").write_text('{"format": 1, "role": "reward"}')
+    with pytest.raises(InputError, match="is a stage on the shared backbone; write reward: /"):
+        SequenceClassifier(str(tmp_path)).prepare("reward")
 
 
 def test_a_classifier_in_the_wrong_slot_or_with_other_weights_is_refused(

@@ -36,6 +36,7 @@ COST = Stage(
     moments=ScoreMoments(mean=-0.25, std=1.5, count=100),
     calibration={"slope": 2.0, "intercept": -0.125},
     squash=3.7,
+    sign_weight=0.5,
     metrics={"accuracy": 0.875, "val/loss": 1e-300},
 )
 SFT = Stage(
@@ -147,6 +148,11 @@ def edited(run: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
     edit(record)
     path.write_text(json.dumps(record), encoding="utf-8")
     return run / "cost"
+
+
+def test_a_stage_from_before_sign_weights_were_kept_does_not_know_its_own(run: Path) -> None:
+    folder = edited(run, lambda record: record.pop("sign_weight"))
+    assert read_stage(str(folder), "cost", "slot") == replace(COST, sign_weight=None)
 
 
 def test_a_stage_from_before_there_was_a_squash_has_none(run: Path) -> None:
