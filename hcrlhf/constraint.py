@@ -39,6 +39,35 @@ Estimand = Literal["mean", "harm_rate", "cvar"]
 
 
 @dataclass(frozen=True)
+class PaperPessimism:
+    """The published k = c1 · t_{1-δ, m-1} / √m + c2 · t_{1-δ, n-1} / √n, to compare with.
+
+    Args:
+        c1, c2: weights of what a rollout and what the safety test adds.
+        rollout: m >= 2, responses of one rollout.
+
+    HC-RLHF (arXiv 2506.08266). It knows neither the bound of the safety test nor how often a
+    candidate may miss.
+    """
+
+    c1: float
+    c2: float
+    rollout: int
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.c1 < math.inf and 0 <= self.c2 < math.inf and self.rollout >= 2):
+            raise InputError(
+                f"c1 and c2 are >= 0 and rollout is at least 2, got {self.c1}, {self.c2} and "
+                f"{self.rollout}"
+            )
+
+    def factor(self, n: int, delta: float) -> float:
+        """k for n safety prompts."""
+        own = self.c1 * student_t_factor(self.rollout, delta)
+        return own + self.c2 * student_t_factor(n, delta)
+
+
+@dataclass(frozen=True)
 class Constraint:
     """P(return a policy whose estimand exceeds the threshold) <= delta.
 
@@ -58,7 +87,8 @@ class Constraint:
             beforehand; best near the (1 - alpha) quantile of the cost.
         pessimism: None derives it: for Student-t from n, delta and miss_probability
             (`seldonian_pessimism`), for other bounds from recent costs (`bootstrap_pessimism`). A
-            number fixes it, 0 is Safe RLHF (arXiv 2310.12773). Not for a harm rate.
+            number fixes it, 0 is Safe RLHF (arXiv 2310.12773); {c1, c2, rollout} is the paper's
+            (`PaperPessimism`). Not for a harm rate.
         miss_probability: how often a policy that just satisfies the pessimistic constraint may
             fail its safety test all the same; None takes delta.
         std_floor: the running standard deviation of the cost is never taken to be smaller.
@@ -76,7 +106,7 @@ class Constraint:
     upper: float | None = None
     alpha: float | None = None
     eta: float | None = None
-    pessimism: float | None = None
+    pessimism: float | PaperPessimism | None = None
     miss_probability: float | None = None
     std_floor: float = 0.1
 
@@ -92,9 +122,8 @@ class Constraint:
             raise InputError(f"safety_prompts is a whole number, got {self.safety_prompts}")
         if not 0 < self.std_floor < math.inf:
             raise InputError(f"std_floor is positive and finite, got {self.std_floor}")
-        if self.pessimism is not None and not (
-            math.isfinite(self.pessimism) and self.pessimism >= 0
-        ):
+        number = None if isinstance(self.pessimism, PaperPessimism) else self.pessimism
+        if number is not None and not 0 <= number < math.inf:
             raise InputError(f"pessimism is a finite number >= 0, got {self.pessimism}")
         self._check_estimand()
         if self.estimand not in self.rule.estimands:
@@ -271,6 +300,8 @@ class Constraint:
         """
         if self.estimand == "harm_rate":
             return 0.0
+        if isinstance(self.pessimism, PaperPessimism):
+            return self.pessimism.factor(self.safety_prompts, self.delta)
         if self.pessimism is not None:
             return self.pessimism
         miss = self.miss / constraints

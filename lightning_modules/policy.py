@@ -118,6 +118,8 @@ class Policy(AdapterModule):
         decoding: how responses are drawn, in training, in the safety test and when shipped.
         lora: adapter of the policy; only where the supervised stage trained the whole model.
         critic_learning_rate: of value heads and critic adapters; None takes learning_rate.
+        critic_warmup: first updates in which the critics alone learn (of critics that share the
+            policy's hidden states, the heads), and policy and multipliers stay as they are.
         max_grad_norm: gradients are scaled down to this norm.
         micro_batch_size: sequences per forward and backward pass, those of similar length
             together; None takes all at once.
@@ -141,6 +143,7 @@ class Policy(AdapterModule):
         decoding: Decoding = Decoding(),  # noqa: B008 (frozen)
         lora: LoraOptions | None = None,
         critic_learning_rate: float | None = None,
+        critic_warmup: int = 0,
         max_grad_norm: float = 1.0,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
@@ -180,6 +183,12 @@ class Policy(AdapterModule):
         self.decoding = decoding
         self.lora = lora
         self.critic_learning_rate = critic_learning_rate or learning_rate
+        if critic_warmup < 0 or (critic_warmup > 0 and learner.critic == "none"):
+            raise InputError(
+                f"critic_warmup is a number of updates >= 0 of a learner with critics, got "
+                f"{critic_warmup} for {type(learner).__name__}"
+            )
+        self.critic_warmup = critic_warmup
         self.max_grad_norm = max_grad_norm
         self.micro_batch_size = check_size(micro_batch_size, "micro_batch_size")
         self.rollout_batch_size = check_size(rollout_batch_size, "rollout_batch_size")
@@ -513,10 +522,11 @@ class Policy(AdapterModule):
         targets = self.learner.targets(rollout, scores, self.multipliers, self.kl_coefficient)
         with phases.measured("update"):
             statistics = self._improve(rollout, targets)
-        self.multiplier_states = [
-            self.multiplier.step(state, g)
-            for state, g in zip(self.multiplier_states, violations, strict=True)
-        ]
+        if not self._warming_up:
+            self.multiplier_states = [
+                self.multiplier.step(state, g)
+                for state, g in zip(self.multiplier_states, violations, strict=True)
+            ]
         if self.adaptive_kl is not None:
             kl = float(rollout.kl.sum(dim=1).mean())
             self.kl_coefficient = self.adaptive_kl.update(self.kl_coefficient, kl)
@@ -524,6 +534,11 @@ class Policy(AdapterModule):
         self._report(rollout, targets, violations, statistics, phases)
         self._warn_at_cap(rollout)
         self._warn_truncated(rollout)
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether the critics alone learn from this rollout."""
+        return self.updates < self.critic_warmup
 
     def _with_moments(self, rollout: Rollout) -> Rollout:
         """The rollout with a standardised reward; the first one measures what is missing."""
@@ -676,6 +691,8 @@ class Policy(AdapterModule):
             part, aim = rollout.rows(group), targets.rows(group)
             with self.backbone.role(ACTOR):
                 hidden = self.backbone.hidden(part.tokens)
+                if self._warming_up:  # what lies below the value heads stays as it is
+                    hidden = hidden.detach()
                 log_probs = self._log_probs(hidden, part.tokens)
                 policy_loss = learner.policy_loss(log_probs, part, aim) / count
                 loss = policy_loss
@@ -683,7 +700,8 @@ class Policy(AdapterModule):
                 if self.critics and not separate:
                     value_loss = self._value_loss(part, aim, [hidden] * len(self.critics)) / count
                     loss = loss + learner.value_coefficient * value_loss
-                self.manual_backward(loss)
+                if loss.requires_grad:
+                    self.manual_backward(loss)
             if separate:
                 for stream, critic in enumerate(self.critics):
                     with self.backbone.role(critic):

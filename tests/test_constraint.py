@@ -18,6 +18,7 @@ from scipy import stats
 from hcrlhf.bounds import clopper_pearson_upper, tail_costs
 from hcrlhf.constraint import (
     Constraint,
+    PaperPessimism,
     RunningVariance,
     bootstrap_pessimism,
     harm_rate_target,
@@ -1110,3 +1111,20 @@ def test_what_is_no_description_is_refused_in_one_line(edit: Callable[[dict], An
 @pytest.mark.parametrize("record", [None, [], "mean", 3, {}])
 def test_what_is_no_record_at_all_is_refused(record: Any) -> None:
     assert "not a constraint" in refusal(lambda: Constraint.read(record))
+
+
+def test_the_papers_pessimism_adds_a_factor_for_the_rollout_and_one_for_the_test() -> None:
+    # t_{0.95, 9} = 1.83311 and t_{0.95, 99} = 1.66039: 2 * 1.83311 / sqrt(10) + 1.66039 / 10.
+    paper = PaperPessimism(c1=2.0, c2=1.0, rollout=10)
+    constraint = Constraint("mean", 0.0, 0.05, 100, bound=StudentT(), pessimism=paper)
+    assert constraint.training_pessimism() == pytest.approx(1.15936 + 0.166039, abs=1e-5)
+    # Fixed as it is: it asks neither the number of constraints nor the costs.
+    assert constraint.training_pessimism(3, [0.0, 1.0]) == constraint.training_pessimism()
+
+
+@pytest.mark.parametrize("given", [(-1.0, 1.0, 10), (1.0, math.inf, 10), (1.0, 1.0, 1)])
+def test_a_pessimism_of_the_paper_that_makes_no_sense_is_refused(
+    given: tuple[float, float, int],
+) -> None:
+    with pytest.raises(InputError, match="c1 and c2"):
+        PaperPessimism(*given)

@@ -925,3 +925,21 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     assert lines[0] == lines[1]
     answered = [(tmp_path / n / "policy" / "responses.jsonl").read_text() for n in ("one", "two")]
     assert answered[0].count("\n") == answered[1].count("\n") == 40
+
+
+@pytest.mark.parametrize("critic", ["shared", "separate"])
+def test_while_critics_warm_up_the_policy_and_lambda_stay(
+    demo: Path, tmp_path: Path, critic: str
+) -> None:
+    root = tmp_path / "run" / "policy"
+    learner = ["--model.init_args.learner.init_args.critic", critic]
+    assert fit(demo, tmp_path, *ALWAYS, *learner, "--model.init_args.critic_warmup", "3") == PASSED
+    rows = [r for r in csv.DictReader((root / "metrics.csv").open()) if r["lambda"]]
+    assert [float(row["lambda"]) for row in rows] == pytest.approx([0.3] * 3)
+    assert [float(row["kl"]) for row in rows] == [0.0] * 3
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    state = checkpoint["state_dict"]
+    assert all(not v.any() for k, v in state.items() if "lora_B.policy" in k)
+    heads = [v for k, v in state.items() if k.startswith("heads.") and k.endswith("weight")]
+    assert len(heads) == 2
+    assert all(head.any() for head in heads)
