@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hcrlhf.errors import InputError
+from hcrlhf.hashing import replace_durably
+from hcrlhf.resume import FILE
+from hcrlhf.safety import SafetyTestable
 
 
 class Checkpoint(ModelCheckpoint):
@@ -18,8 +21,10 @@ class Checkpoint(ModelCheckpoint):
     Lightning's own counter counts every optimizer step, of which an update may make several.
 
     Args:
-        every_n_updates: training batches between two checkpoints; one more is written at the end
-            of training, before the safety test.
+        every_n_updates: training batches between two checkpoints. One more is written after every
+            epoch and, where a safety test follows, at the end of training. Other stages write
+            their folder there, which Lightning would not ask of a fit that is resumed and over:
+            one that is broken then is repeated from the checkpoint before.
     """
 
     def __init__(self, every_n_updates: int = 50) -> None:
@@ -29,7 +34,7 @@ class Checkpoint(ModelCheckpoint):
         self.every_n_updates = every_n_updates
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir) / "checkpoints")
+        self.dirpath = str((Path(trainer.default_root_dir) / FILE).parent)
 
     def on_train_batch_end(
         self,
@@ -39,19 +44,35 @@ class Checkpoint(ModelCheckpoint):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        if (batch_idx + 1) % self.every_n_updates == 0:
+        # Never between two batches whose gradients are added up: gradients are not kept. Nor after
+        # an epoch's last batch: resumed from there, its validation would be left out.
+        period = math.lcm(self.every_n_updates, trainer.accumulate_grad_batches)
+        due = (batch_idx + 1) % period == 0 and not trainer.is_last_batch
+        if due and trainer.global_step != trainer.max_steps:
             self._save(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer)
+        over = trainer.current_epoch + 1 == trainer.max_epochs or trainer.should_stop
+        over = over or trainer.global_step == trainer.max_steps
+        if isinstance(pl_module, SafetyTestable) or not over:
+            self._save(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Nothing: Lightning would write last.ckpt once more, in place."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Nothing: validation does not decide when to save."""
 
+    def state_dict(self) -> dict[str, Any]:
+        return {}  # Lightning's names the folder, and complains of a run that was moved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        pass
+
     def _save(self, trainer: Trainer) -> None:
-        path = Path(str(self.dirpath)) / "last.ckpt"
+        path = Path(str(self.dirpath)) / FILE.name
         temporary = path.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
-            os.replace(temporary, path)
+            replace_durably(temporary, path)
         self.last_model_path = str(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples, Prompt
+from hcrlhf.rollouts import response_seed
 from hcrlhf.text import one_line
 
 Row = dict[str, Any]
@@ -115,16 +116,49 @@ class EncodedLoading(LightningDataModule):
             rank_zero_info(
                 f"{dropped} of {len(examples)} {name} examples left out: prompt too long"
             )
-        options: dict[str, Any] = {"collate_fn": module.collate}
+        # A loader without a generator of its own draws from the global one at each epoch.
+        options: dict[str, Any] = {"collate_fn": module.collate, "generator": torch.Generator()}
         if batch_sampler is not None:
             options["batch_sampler"] = batch_sampler(len(encoded))
         else:
             options["batch_size"] = batch_size
             if seed is not None:
-                options |= {"shuffle": True, "generator": torch.Generator().manual_seed(seed)}
+                options["sampler"] = EpochSampler(
+                    len(encoded), seed, lambda: self._batches_done() * batch_size
+                )
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*does not have many workers.*")
             return DataLoader(encoded, **options)
+
+    def _batches_done(self) -> int:
+        """How many batches of this epoch are behind the module: not 0 in a run that is resumed."""
+        return self.trainer.fit_loop.batch_idx + 1 if self.trainer is not None else 0
+
+
+class EpochSampler(Sampler[int]):
+    """All examples, in an order of its own in every epoch: a function of (seed, epoch) alone.
+
+    Args:
+        done: how many examples of the epoch are behind the module when an iteration begins; they
+            are left out, so that a resumed run goes on where the broken one was.
+    """
+
+    def __init__(self, examples: int, seed: int, done: Callable[[], int] = lambda: 0) -> None:
+        self.examples, self.seed, self.done = examples, seed, done
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lightning calls it before the first batch of every epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.examples
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(
+            response_seed(self.seed, "order", self.epoch) % 2**63
+        )
+        yield from torch.randperm(self.examples, generator=generator).tolist()[self.done() :]
 
 
 def check_batch_size(value: int, name: str = "batch_size") -> int:

@@ -494,7 +494,8 @@ class Backbone(nn.Module):
         """The inverse of `trained_state`.
 
         Raises:
-            InputError: the names differ: the state belongs to other roles or another backbone.
+            InputError: names or shapes differ: the state belongs to other roles, another LoRA rank
+                or another backbone.
         """
         own = dict(self.trained_parameters())
         if own.keys() != state.keys():
@@ -503,6 +504,13 @@ class Backbone(nn.Module):
                 f"the checkpoint holds other weights than this config trains: {len(odd)} names "
                 f"differ, {odd[0]} among them; resume with the config of the original run"
             )
+        for name, parameter in own.items():
+            if parameter.shape != state[name].shape:
+                raise InputError(
+                    f"the checkpoint's weights have other shapes than this config's: {name} is "
+                    f"{list(state[name].shape)} there and {list(parameter.shape)} here; give the "
+                    "lora of the original run"
+                )
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])

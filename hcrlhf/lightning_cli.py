@@ -26,11 +26,12 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 # What YAML may name without a second thought: importing registers the classes.
 from callbacks import Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
+from hcrlhf import resume
 from hcrlhf.certificate import VERDICT_FILE, verdict_record
 from hcrlhf.cli import (
     INTERRUPTED,
@@ -41,7 +42,7 @@ from hcrlhf.cli import (
 )
 from hcrlhf.completions import markdown_table
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import write_json
+from hcrlhf.hashing import write_json, write_text
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.methods import METHODS
 from hcrlhf.stages import FILE as STAGE_FILE
@@ -81,7 +82,22 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes config.yaml when training begins: a config that is refused leaves nothing behind."""
+    """Writes config.yaml when training begins: a config that is refused leaves nothing behind.
+
+    The settings lie in every checkpoint too, so that a resumed run is compared with them.
+
+    Args:
+        run: what `resume.describe` says of this run.
+    """
+
+    def __init__(self, *args: Any, run: dict[str, Any], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.run = run
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        checkpoint[resume.KEY] = self.run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pass
@@ -90,9 +106,13 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(
-                self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True
-            )
+            config = self.config.clone()
+            config.ckpt_path = None  # where a run went on from is not part of what it is
+            text = self.parser.dump(config, skip_none=False)
+            path = folder / "config.yaml"
+            if path.is_file() and path.read_text(encoding="utf-8") != text:
+                put_aside(path)
+            write_text(path, text)
 
 
 class MetricsFile(CSVLogger):
@@ -114,8 +134,7 @@ class MetricsFile(CSVLogger):
         if self._experiment is None:
             path = Path(self.log_dir) / "metrics.csv"
             if path.is_file():
-                number = len(list(path.parent.glob("metrics-*.csv"))) + 1
-                path.rename(path.with_name(f"metrics-{number}.csv"))
+                put_aside(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             self._experiment = ExperimentWriter(log_dir=self.log_dir)
         super().log_metrics(metrics, step)
@@ -156,8 +175,17 @@ class EventFiles(TensorBoardLogger):
             self._experiment.flush()
 
 
+def put_aside(path: Path) -> None:
+    """Renames name.ext to name-1.ext, name-2.ext, …: of a run that was resumed all is kept."""
+    number = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}"))) + 1
+    path.rename(path.with_name(f"{path.stem}-{number}{path.suffix}"))
+
+
 class CLI(LightningCLI):
     """Adds the run folder: `trainer.default_root_dir` holds everything that a run writes."""
+
+    def _parse_ckpt_path(self) -> None:
+        """Nothing: Lightning would put the checkpoint's hyperparameters over the user's config."""
 
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
@@ -180,13 +208,34 @@ class CLI(LightningCLI):
                 "a limit on their norm would then cut; use bf16-mixed or 32-true"
             )
         folder = Path(trainer.default_root_dir)
-        resumed = config.get("ckpt_path")
-        if resumed not in (None, "last", "best", "hpc", "registry") and not Path(resumed).is_file():
-            raise InputError(f"--ckpt_path {resumed} does not exist; expected a checkpoint file")
-        if self.subcommand == "fit" and (folder / STAGE_FILE).is_file() and not resumed:
+        if self.subcommand == "fit" and (folder / STAGE_FILE).is_file():
             raise InputError(
                 f"{folder} already holds a finished stage; choose another "
                 "trainer.default_root_dir, or remove that folder"
+            )
+        self._resume(folder)
+
+    def _resume(self, folder: Path) -> None:
+        """Finds the checkpoint, compares its settings with the config's, and says what differs."""
+        config, command = self.config[self.subcommand], str(self.subcommand)
+        text = self.parser.dump(self.config, format="json", skip_none=False)
+        run = resume.describe(json.loads(text)[command])
+        self.save_config_kwargs = {"run": run}
+        given = config.get("ckpt_path")
+        checkpoint = resume.find(given, folder, command)
+        # A file also for "last", so that the two behave alike.
+        config.ckpt_path = None if checkpoint is None else str(checkpoint)
+        if checkpoint is not None:
+            changes = resume.check(checkpoint, run, command)
+            if command == "fit":
+                rank_zero_info(f"the run goes on from {checkpoint}")
+            for change in changes:
+                rank_zero_info(f"  changed from here on: {change}")
+        elif given is not None:
+            rank_zero_info(f"no {folder / resume.FILE} yet: the run begins at its first update")
+        elif command == "fit" and (folder / resume.FILE).is_file():
+            rank_zero_info(
+                f"{folder / resume.FILE} will be replaced; --ckpt_path last would go on from it"
             )
 
     def before_fit(self) -> None:
@@ -309,12 +358,13 @@ QUIET_WARNINGS = (
     ".*is_gradient_checkpointing. is deprecated.*",  # PEFT asks transformers
     ".*Experiment logs directory.*",  # verdict.json is there before the first metric
     ".*callbacks used to create the checkpoint.*",  # predict runs with fewer
+    ".*your dataloader is not resumable.*",  # its sampler asks the trainer where to go on
     ".*gradient_checkpointing_enable. is deprecated.*",  # its successor needs transformers 5.2x
 )
 
 BOILERPLATE = re.compile(
     r"💡|Seed set to|[GTH]PU available|weights_only|to estimate number of stepping|"
-    r"Trainer\.fit. stopped|Restoring states|Loaded model weights|litlogger"
+    r"Trainer\.fit. stopped|Restor(ing|ed all) states|Loaded model weights|litlogger"
 )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import file_sha256
+from hcrlhf.hashing import file_sha256, write_text
 from hcrlhf.text import ChatFormat
 
 FORMAT = 1
@@ -126,8 +126,8 @@ def write_classifier_stage(
 
 def _write(folder: Path, record: Mapping[str, Any], prompt_keys: Collection[str]) -> None:
     (folder / PROMPTS_FILE).write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
-    text = json.dumps({"format": FORMAT, **record}, indent=2) + "\n"
-    (folder / FILE).write_text(text, encoding="utf-8")
+    # Last of all, and whole: where it stands the stage is finished.
+    write_text(folder / FILE, json.dumps({"format": FORMAT, **record}, indent=2) + "\n")
 
 
 def read_stage(folder: str, expected: Role, slot: str) -> Stage:

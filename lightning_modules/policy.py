@@ -891,6 +891,7 @@ class Policy(AdapterModule):
     # -- checkpoint ----------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
         checkpoint["policy"] = {
             "updates": self.updates,
             "multipliers": [[s.value, *s.memory] for s in self.multiplier_states],
@@ -899,10 +900,14 @@ class Policy(AdapterModule):
             "pessimisms": list(self.pessimisms),
             "kl_coefficient": self.kl_coefficient,
             "reward_moments": asdict(self.reward_moments) if self.reward_moments else None,
+            "updates_at_cap": list(self._updates_at_cap),
+            "skipped_in_a_row": self._skipped_in_a_row,
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        state = checkpoint["policy"]
+        super().on_load_checkpoint(checkpoint)
+        if (state := checkpoint.get("policy")) is None:
+            raise InputError("the checkpoint is of another stage; give one of a policy run")
         if len(state["multipliers"]) != len(self.constraints):
             raise InputError(
                 f"the checkpoint has {len(state['multipliers'])} constraints, this config has "
@@ -919,5 +924,12 @@ class Policy(AdapterModule):
         self.pessimisms = [float(p) for p in state["pessimisms"]]
         if self.reward_moments is None and state.get("reward_moments"):  # measured, not declared
             self.reward_moments = ScoreMoments(**state["reward_moments"])
+        self._updates_at_cap = [int(n) for n in state["updates_at_cap"]]
+        self._skipped_in_a_row = int(state["skipped_in_a_row"])
         if self.adaptive_kl is not None:  # a fixed one is taken from the config alone
             self.kl_coefficient = float(state["kl_coefficient"])
+        trainer: Any = self.trainer
+        if self.updates < getattr(trainer.datamodule, "updates", 0):
+            # The one epoch may have ended already, at a smaller number of updates: it goes on.
+            for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+                counts["processed"] = counts["completed"]

@@ -1,0 +1,567 @@
+"""A run that breaks off goes on with --ckpt_path last as if nothing had been, or says why not."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from datamodules.files import EpochSampler
+from hcrlhf import resume
+from hcrlhf.cli import NO_SOLUTION, PASSED, main
+from hcrlhf.demo import CONFIGS
+from hcrlhf.errors import InputError
+from hcrlhf.resume import Change, changes, describe, differences, identity, may_change
+from hcrlhf.world import ModelSizes, WorldSizes, write_world
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = WorldSizes(
+    demonstrations=100,
+    preferences=100,
+    train=24,
+    validation=8,
+    safety=30,
+    evaluation=8,
+    model=ModelSizes(hidden=32, layers=1, intermediate=32),
+)
+LIMIT = "--model.init_args.constraints=[{estimand: mean, threshold: %s, safety_prompts: 30}]"
+
+
+# -- what has changed ------------------------------------------------------------------------------
+
+
+def test_settings_are_compared_key_by_key_and_lists_by_position() -> None:
+    old = {"a": 1, "b": {"c": [1, 2], "d": "x"}, "gone": 3}
+    new = {"a": 1, "b": {"c": [1, 5, 6], "d": "x"}, "came": {"e": 0}}
+    assert differences(old, new) == [
+        Change("b.c.1", 2, 5),
+        Change("b.c.2", None, 6),
+        Change("gone", 3, None),
+        Change("came", None, {"e": 0}),
+    ]
+    assert str(Change("b.c.1", 2, 5)) == "b.c.1: 2 → 5"
+    assert str(Change("came", None, {"e": "y"})) == 'came: null → {"e": "y"}'
+    assert str(Change("long", 0, "x" * 101)) == f"long: 0 → {'x' * 99}…"
+
+
+def test_null_and_a_key_that_is_not_there_are_the_same() -> None:
+    assert differences({"a": None, "b": 1.0}, {"b": 1}) == []
+
+
+def test_of_two_classes_only_the_names_are_compared() -> None:
+    old = {"class_path": "m.A", "init_args": {"x": 1}}
+    new = {"class_path": "m.B", "init_args": {"y": 2}}
+    assert differences({"c": old}, {"c": new}) == [Change("c.class_path", "m.A", "m.B")]
+    assert differences({"c": old}, {"c": old | {"init_args": {"x": 2}}}) == [
+        Change("c.init_args.x", 1, 2)
+    ]
+
+
+def test_callbacks_are_compared_by_class_whatever_their_order() -> None:
+    test = {"class_path": "callbacks.SafetyTest", "init_args": {"schedule": "halving"}}
+    bar = {"class_path": "callbacks.Progress", "init_args": {"lines": 3}}
+    other = {"class_path": "callbacks.SafetyTest", "init_args": {"schedule": "once"}}
+
+    def run(callbacks: Any) -> dict[str, Any]:
+        return describe({"trainer": {"callbacks": callbacks}})
+
+    assert changes(run([bar, test]), run([test, bar])) == []
+    assert changes(run([test]), run(other)) == [
+        Change("trainer.callbacks.SafetyTest.schedule", "halving", "once")
+    ]
+    assert changes(run([test]), run(None)) == [
+        Change("trainer.callbacks.SafetyTest", {"schedule": "halving"}, None)
+    ]
+    # A second test is seen, not folded into the first.
+    assert [c.key for c in changes(run([test]), run([test, other]))] == [
+        "trainer.callbacks.SafetyTest'"
+    ]
+
+
+def test_files_are_compared_by_content_so_that_a_run_may_be_moved(tmp_path: Path) -> None:
+    for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
+        (tmp_path / name).write_text(text)
+
+    def run(name: str) -> dict[str, Any]:
+        return describe({"data": {"init_args": {"train": str(tmp_path / name)}}})
+
+    before = run("a")
+    assert changes(before, run("b")) == []
+    assert [c.key for c in changes(before, run("c"))] == ["data.init_args.train"]
+    assert [c.key for c in changes(before, run("nowhere"))] == ["data.init_args.train"]
+    (tmp_path / "a").write_text("z")
+    (change,) = changes(before, run("a"))
+    assert (change.old, change.new) == (str(tmp_path / "a"), "other content in the same place")
+
+
+def test_a_stage_folder_is_known_by_what_was_trained(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "hcrlhf.json").write_text("{}")
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(b"12")
+    same = identity(tmp_path / "one")
+    assert same is not None and same == identity(tmp_path / "two")
+    (tmp_path / "two" / "metrics.csv").write_text("no part of the model")
+    assert identity(tmp_path / "two") == same
+    (tmp_path / "two" / "adapter_model.safetensors").write_bytes(b"34")
+    assert identity(tmp_path / "two") != same
+    assert identity(tmp_path / "three") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("model.init_args.learning_rate", True),
+        ("model.init_args.kl_coefficient", True),
+        ("model.init_args.constraints.0.threshold", False),
+        ("model.init_args.constraints.1", False),
+        ("model.init_args.cost", False),
+        ("model.init_args.seed", False),
+        ("model.init_args.a_key_of_tomorrow", False),
+        ("data.init_args.updates", True),
+        ("data.init_args.prompts_per_update", False),
+        ("data.init_args.safety", False),
+        ("seed_everything", False),
+        ("trainer.logger.class_path", True),
+        ("trainer.callbacks.Checkpoint.every_n_updates", True),
+        ("trainer.callbacks.SafetyTest.schedule", False),
+        ("trainer.callbacks.SafetyTest", False),
+        ("trainer.max_epochs", False),
+    ],
+)
+def test_what_makes_a_run_another_one_may_not_change(key: str, expected: bool) -> None:
+    assert may_change(key, {}) is expected
+
+
+def test_a_steered_kl_coefficient_is_not_set_anew() -> None:
+    settings = {"model": {"init_args": {"adaptive_kl": {"target": 1}}}}
+    assert not may_change("model.init_args.kl_coefficient", settings)
+
+
+# -- what a checkpoint must bring back -------------------------------------------------------------
+
+
+def test_the_generators_go_on_where_they_were_also_through_a_file(tmp_path: Path) -> None:
+    def draw() -> list[float]:
+        return [random.random(), random.gauss(0, 1), *np.random.normal(size=3), *torch.rand(2)]
+
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    draw()  # leaves half of a pair of normal numbers behind, in random and in NumPy
+    cpu = torch.device("cpu")
+    torch.save(resume.rng_state(cpu), tmp_path / "state")
+    expected = draw()
+    assert draw() != expected
+    resume.set_rng_state(torch.load(tmp_path / "state", weights_only=True), cpu)
+    assert draw() == expected
+
+
+def test_an_epoch_goes_on_after_the_examples_that_are_behind() -> None:
+    whole = EpochSampler(10, seed=3)
+    first = list(whole)
+    assert sorted(first) == list(range(10)) and len(whole) == 10
+    assert list(EpochSampler(10, 3, done=lambda: 4)) == first[4:]
+    assert list(EpochSampler(10, 4)) != first
+    whole.set_epoch(1)
+    second = list(whole)
+    assert second != first and sorted(second) == sorted(first)
+    whole.set_epoch(0)
+    assert list(whole) == first
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the world and three stages that have learnt next to nothing."""
+    folder = tmp_path_factory.mktemp("stages")
+    write_world(folder / "world", 0, SIZES)
+    for name in ("sft", "reward", "cost"):
+        more = ["--trainer.max_epochs", "1", "--trainer.limit_train_batches", "1"]
+        assert fit_stage(folder, name, folder / name, *more) == PASSED
+    return folder
+
+
+def fit_stage(stages: Path, name: str, root: Path, *more: str) -> int:
+    world = stages / "world"
+    arguments = ["--config", str(CONFIGS / f"{name}.yaml"), "--trainer.default_root_dir", str(root)]
+    if name == "sft":
+        arguments += ["--data.init_args.path", str(world / "demonstrations.jsonl")]
+        arguments += ["--model.init_args.model", str(world / "model")]
+    else:
+        arguments += ["--data.init_args.path", str(world / "preferences.jsonl")]
+        arguments += ["--model.init_args.sft", str(stages / "sft")]
+    return main(["fit", *arguments, *more])
+
+
+def policy_arguments(stages: Path, root: Path, *more: str) -> list[str]:
+    arguments = ["--config", str(CONFIGS / "policy.yaml"), "--trainer.default_root_dir", str(root)]
+    for stage in ("sft", "reward", "cost"):
+        arguments += [f"--model.init_args.{stage}", str(stages / stage)]
+    for split in ("train", "validation", "safety", "evaluation"):
+        path = stages / "world" / "prompts" / f"{split}.jsonl"
+        arguments += [f"--data.init_args.{split}", str(path)]
+    arguments += ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "6"]
+    return [*arguments, LIMIT % 3.5, *more]
+
+
+def callbacks(every: int = 2, kill: tuple[str, int] | None = None, **options: Any) -> str:
+    given = {"candidate_check": False, "batch_size": 10} | options
+    named = [
+        {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": every}},
+        {"class_path": "callbacks.SafetyTest", "init_args": given},
+    ]
+    if kill:
+        init = {"method": kill[0], "call": kill[1]}
+        named.append({"class_path": "breaking.Kill", "init_args": init})
+    return f"--trainer.callbacks={json.dumps(named)}"
+
+
+def fit(stages: Path, root: Path, *more: str) -> int:
+    return main(["fit", *policy_arguments(stages, root, *more)])
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@contextmanager
+def broken(cls: type, method: str, call: int) -> Iterator[None]:
+    """The nth call of a method raises."""
+    honest, left = getattr(cls, method), [call]
+
+    def breaking(*arguments: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0:
+            raise RuntimeError("lightning strikes")
+        return honest(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cls, method, breaking)
+        with pytest.raises(RuntimeError, match="strikes"):
+            yield
+
+
+# Every state that a run can have: a controller's memory, a steered β, schedules, global generators.
+FULL = [
+    "--model.init_args.learner=breaking.Restless",
+    "--model.init_args.learner.init_args.minibatches=2",
+    "--model.init_args.multiplier=hcrlhf.multiplier.PIDMultiplier",
+    "--model.init_args.adaptive_kl={target: 0.001, gain: 0.5}",
+]
+
+
+def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
+    stages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, part = tmp_path / "whole" / "run", tmp_path / "part" / "run"
+    last = part / "checkpoints" / "last.ckpt"
+    assert fit(stages, whole, *FULL, callbacks()) == PASSED
+
+    def killed(method: str, call: int) -> str:
+        more = [*FULL, callbacks(kill=(method, call)), "--ckpt_path", "last"]
+        done = subprocess.run(
+            [sys.executable, "-m", "hcrlhf", "fit", *policy_arguments(stages, part, *more)],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == -9, done.stderr
+        assert read(part / "verdict.json")["verdict"] == "NOT_TESTED"
+        assert not (part / "policy").exists()
+        return done.stderr
+
+    def updates() -> int:
+        return int(torch.load(last, weights_only=True)["policy"]["updates"])
+
+    # In the middle of the second update, before there is any checkpoint: four backward passes make
+    # an update.
+    assert f"no {last} yet: the run begins at its first update" in killed("manual_backward", 6)
+    assert not last.exists()
+    # While the second checkpoint is written: half of it lies there, beside the first.
+    killed("save_checkpoint", 2)
+    assert updates() == 2 and last.with_suffix(".tmp").stat().st_size > 0
+    # In the safety test, when 20 of 30 prompts have been answered.
+    assert f"the run goes on from {last}" in killed("sample_costs", 3)
+    assert updates() == 6 and not last.with_suffix(".tmp").exists()
+
+    caplog.clear()
+    assert fit(stages, part, *FULL, callbacks(), "--ckpt_path", "last") == PASSED
+    # Nothing is drawn a second time.
+    assert [m for m in caplog.messages if "answered" in m] == ["  30 answered"]
+    name = "policy/adapter_model.safetensors"
+    assert (part / name).read_bytes() == (whole / name).read_bytes()
+    ours, theirs = (read(folder / "certificate.json") for folder in (part, whole))
+    assert ours["data"]["costs"] == theirs["data"]["costs"]
+    assert ours["ledger"]["test"] == 1
+    assert main(["verify", str(part / "certificate.json")]) == PASSED
+    mine, yours = (
+        torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (part, whole)
+    )
+    assert mine["policy"] == yours["policy"]
+    assert mine["rng"]["numpy"] == yours["rng"]["numpy"]
+    assert mine["lr_schedulers"] == yours["lr_schedulers"]
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "call"),
+    [
+        # Four batches an epoch, checkpoints after 2 and 4 of them: in the middle of the second
+        # epoch; right at its beginning; in its validation; while the stage is being written.
+        ("sft", "training_step", 8),
+        ("sft", "save_stage", 1),
+        ("reward", "training_step", 5),
+        ("reward", "on_validation_epoch_end", 2),
+        ("cost", "training_step", 8),
+        ("cost", "save_stage", 1),
+    ],
+)
+def test_a_stage_that_breaks_off_ends_as_the_unbroken_one(
+    stages: Path, unbroken: Path, tmp_path: Path, name: str, method: str, call: int
+) -> None:
+    from lightning_modules import Preference, Supervised
+
+    root = tmp_path / name
+    with broken(Supervised if name == "sft" else Preference, method, call):
+        fit_stage(stages, name, root, *TWICE)
+    assert not (root / "hcrlhf.json").exists()
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        cls = Supervised if name == "sft" else Preference
+        honest = cls.training_step
+        patch.setattr(cls, "training_step", lambda *a: steps.append(0) or honest(*a))
+        assert fit_stage(stages, name, root, *TWICE, "--ckpt_path", "last") == PASSED
+    assert len(steps) == (4 if (method, call) == ("training_step", 5) else 2)
+    weights = "model.safetensors" if name == "sft" else "adapter_model.safetensors"
+    for file in (weights, "training_prompts.txt"):
+        assert (root / file).read_bytes() == (unbroken / name / file).read_bytes()
+    theirs, ours = (read(folder / "hcrlhf.json") for folder in (unbroken / name, root))
+    assert ours["metrics"] == theirs["metrics"] and ours["moments"] == theirs["moments"]
+
+
+EVERY = [{"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 2}}]
+TWICE = [
+    f"--trainer.callbacks={json.dumps(EVERY)}",
+    *("--trainer.enable_checkpointing", "true"),
+    *("--trainer.max_epochs", "2"),
+    *("--trainer.limit_train_batches", "4"),
+    *("--data.init_args.batch_size", "20"),
+]
+
+
+@pytest.fixture(scope="module")
+def unbroken(stages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unbroken")
+    for name in ("sft", "reward", "cost"):
+        assert fit_stage(stages, name, folder / name, *TWICE) == PASSED
+    return folder
+
+
+# -- other settings --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def begun(stages: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy run that broke off in its fourth update, with a checkpoint after the second."""
+    from lightning_modules import Policy
+
+    root = tmp_path_factory.mktemp("begun") / "run"
+    with broken(Policy, "training_step", 4):
+        fit(stages, root, callbacks())
+    return root
+
+
+def copied(begun: Path, tmp_path: Path) -> Path:
+    root = tmp_path / "moved" / "run"
+    shutil.copytree(begun, root)
+    return root
+
+
+def refused(
+    stages: Path,
+    root: Path,
+    capsys: pytest.CaptureFixture[str],
+    *more: str,
+    checkpoint: str = "last",
+) -> str:
+    """The one line that is printed."""
+    capsys.readouterr()
+    before = {p: p.read_bytes() for p in root.rglob("*") if p.is_file()}
+    assert fit(stages, root, callbacks(), "--ckpt_path", checkpoint, *more) == 2
+    assert {p: p.read_bytes() for p in root.rglob("*") if p.is_file()} == before
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
+    return line
+
+
+TIGHTER = r"\(model\.init_args\.constraints\.0\.threshold: 3\.5 → 3\.4\)"
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ([LIMIT % 3.4], TIGHTER),
+        ([callbacks(schedule="once")], r"SafetyTest\.schedule: halving → once\)"),
+        (["--trainer.callbacks=[]"], r"SafetyTest: \{.* → null\)"),
+        (["--model.init_args.seed", "1"], r"model\.init_args\.seed: 0 → 1"),
+        (["--seed_everything", "1"], r"\(seed_everything: 0 → 1\)"),
+        (["--model.init_args.lora.r", "4"], r"model\.init_args\.lora\.r: 8 → 4"),
+        (["--model.init_args.learner=hcrlhf.rloo.RLOO"], r"learner.class_path: .*PPO → .*RLOO\)"),
+        (["--data.init_args.prompts_per_update", "9"], r"prompts_per_update: 8 → 9\)"),
+        (["--data.init_args.updates", "1"], r"updates is 1, and .* has 2 behind it"),
+    ],
+)
+def test_what_makes_another_run_is_refused_with_old_and_new(
+    stages: Path,
+    begun: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    expected: str,
+) -> None:
+    assert re.search(expected, line := refused(stages, begun, capsys, *more)), line
+
+
+def test_a_stage_that_was_trained_again_meanwhile_is_refused(
+    stages: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "cost"
+    shutil.copytree(stages / "cost", other)
+    head = other / "head.safetensors"
+    head.write_bytes(head.read_bytes()[:-1] + b"!")
+    line = refused(stages, begun, capsys, "--model.init_args.cost", str(other))
+    assert f"(model.init_args.cost: {stages / 'cost'} → " in line
+
+
+def test_no_setting_is_taken_from_a_checkpoint(
+    stages: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning puts a checkpoint's hyperparameters over the command line's."""
+    root = copied(begun, tmp_path)
+    path = root / "checkpoints" / "last.ckpt"
+    state = torch.load(path, weights_only=True)
+    loose = [{"estimand": "mean", "threshold": 3.5, "safety_prompts": 30}]
+    state["hyper_parameters"] = {"_class_path": "lightning_modules.Policy", "constraints": loose}
+    torch.save(state, path)
+    for checkpoint in ("last", str(path)):
+        line = refused(stages, root, capsys, LIMIT % 3.4, checkpoint=checkpoint)
+        assert re.search(TIGHTER, line)
+    # A policy may be tested under another limit, and it is the limit that was given.
+    tested = tmp_path / "tested" / "run"
+    arguments = policy_arguments(stages, tested, LIMIT % 3.4, callbacks())
+    assert main(["test", *arguments, "--ckpt_path", str(path)]) == PASSED
+    assert read(tested / "plan.json")["constraints"][0]["threshold"] == 3.4
+
+
+def test_a_run_that_was_moved_goes_on_with_what_may_change_and_says_it(
+    stages: Path, begun: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = copied(begun, tmp_path)
+    rates = ["--model.init_args.learning_rate", "0.0001", "--model.init_args.weight_decay", "0.5"]
+    more = [*rates, "--model.init_args.kl_coefficient", "0.2", "--data.init_args.updates", "8"]
+    assert fit(stages, root, *more, callbacks(), "--ckpt_path", "last") == PASSED
+    said = re.findall(r"changed from here on: (\S+): (.*)", caplog.text)
+    assert dict(said) == {
+        "model.init_args.learning_rate": "0.0015 → 0.0001",
+        "model.init_args.weight_decay": "0.0 → 0.5",
+        "model.init_args.kl_coefficient": "0.05 → 0.2",
+        "data.init_args.updates": "6 → 8",
+    }
+    # And they hold, whatever the optimizer's state says: 3e-3 · (1 - 6/8) after six updates of
+    # eight, with a rate of the critics that is still 3e-3.
+    state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    assert state["policy"]["updates"] == 8 and state["policy"]["kl_coefficient"] == 0.2
+    groups = state["optimizer_states"][0]["param_groups"]
+    assert [group["initial_lr"] for group in groups] == [1e-4, 3e-3]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
+    assert state["lr_schedulers"][0]["base_lrs"] == [1e-4, 3e-3]
+    # Both configs are kept, and both parts of the figures.
+    assert "kl_coefficient: 0.05" in (root / "config-1.yaml").read_text()
+    assert "kl_coefficient: 0.2" in (root / "config.yaml").read_text()
+    assert (root / "metrics.csv").is_file() and (root / "metrics-1.csv").is_file()
+
+
+def test_a_run_that_ended_before_its_test_is_trained_longer(stages: Path, tmp_path: Path) -> None:
+    more = [LIMIT % -2, callbacks(candidate_check=True), "--model.init_args.schedule", "constant"]
+    longer = ["--data.init_args.updates", "8"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert fit(stages, whole, *more, *longer) == NO_SOLUTION
+    assert fit(stages, part, *more) == NO_SOLUTION
+    assert fit(stages, part, *more, *longer, "--ckpt_path", "last") == NO_SOLUTION
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        for folder in (part, whole)
+    )
+    assert ours["policy"] == theirs["policy"] and ours["policy"]["updates"] == 8
+    for name, tensor in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], tensor)
+
+
+def test_a_checkpoint_that_was_cut_off_is_one_line(
+    stages: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied(begun, tmp_path)
+    path = root / "checkpoints" / "last.ckpt"
+    whole = path.stat().st_size
+    for size in (whole // 2, whole - 1, 0):
+        os.truncate(path, size)
+        assert "last.ckpt is not readable as a checkpoint" in refused(stages, root, capsys)
+    torch.save({"weights": 1}, path)
+    assert "is not a checkpoint of a run" in refused(stages, root, capsys)
+
+
+def test_a_checkpoint_from_elsewhere_is_refused(
+    stages: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = begun / "checkpoints" / "last.ckpt"
+
+    def line(command: str, given: str, *more: str) -> str:
+        arguments = policy_arguments(stages, tmp_path / "run", *more, callbacks())
+        assert main([command, *arguments, "--ckpt_path", given]) == 2
+        assert not (tmp_path / "run").exists()
+        (error,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
+        return error
+
+    assert re.search("does not lie in .*run/checkpoints, so", line("fit", str(checkpoint)))
+    assert "missing.ckpt does not exist" in line("fit", "missing.ckpt")
+    assert "does not exist" in line("fit", "best")
+    # To go on needs no checkpoint yet, to measure does: an untrained policy is not meant.
+    assert "callbacks.Checkpoint writes it" in line("predict", "last")
+    assert "lora of the original run" in line(
+        "predict", str(checkpoint), "--model.init_args.lora.r", "4"
+    )
+    with broken(__import__("lightning_modules").Preference, "training_step", 4):
+        fit_stage(stages, "cost", tmp_path / "cost", *TWICE)
+    other = tmp_path / "cost" / "checkpoints" / "last.ckpt"
+    for command in ("predict", "test"):
+        assert re.search(r"of another stage \(.*Preference → .*Policy\)", line(command, str(other)))
+
+
+def test_a_finished_stage_is_not_trained_on(
+    stages: Path, unbroken: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_stage(stages, "sft", unbroken / "sft", *TWICE, "--ckpt_path", "last") == 2
+    assert "already holds a finished stage" in capsys.readouterr().err
+
+
+def test_a_fit_of_several_processes_does_not_go_on() -> None:
+    from lightning_modules import Supervised
+
+    fitting = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=2)
+    module: Any = SimpleNamespace(trainer=fitting)
+    with pytest.raises(InputError, match="begin it anew"):
+        Supervised.on_load_checkpoint(module, {"rng": {}})
+    fitting.state.fn = "validate"
+    Supervised.on_load_checkpoint(module, {"rng": {}})
