@@ -32,7 +32,8 @@ MAY_CHANGE = frozenset(
     f"model.init_args.{name}"
     for name in (
         *("learning_rate", "critic_learning_rate", "schedule", "warmup", "weight_decay"),
-        *("max_grad_norm", "kl_coefficient", "micro_batch_size", "gradient_checkpointing"),
+        *("max_grad_norm", "kl_coefficient", "gradient_checkpointing"),
+        *("micro_batch_size", "rollout_batch_size", "group_size"),
     )
 ) | {"data.init_args.updates", "data.init_args.evaluation"}
 STEERED = frozenset({"model.init_args.kl_coefficient"})
