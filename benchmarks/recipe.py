@@ -1,0 +1,337 @@
+"""Does the shipped recipe end where it should? Whole runs on the embedded world, by seed.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.recipe run --seeds 0 20 &   # one process per core
+    OMP_NUM_THREADS=1 python -m benchmarks.recipe run --seeds 20 40 &
+    python -m benchmarks.recipe report
+
+A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
+`hcrlhf fit` with the shipped demo configs, a layer of a few keys, and its safety test; the answers
+to the evaluation prompts are then judged by what the world itself knows. What is finished in --out
+is not run again, so the same command resumes.
+
+`best` is the best mixture of responses that could be given without breaking a limit, from
+CANDIDATES responses of the supervised policy to each of PROMPTS prompts: the linear program
+
+    max mean_i Σ_k w_ik R_ik   s.t.   mean cost <= τ, harm rate <= ρ, w_i a distribution over k,
+
+R the true reward, cost and harm by the cost model, as in the limits. It bounds from above what a
+policy within ln(CANDIDATES) nats of the supervised one can earn: it picks with hindsight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+from scipy import optimize, sparse, stats
+
+from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
+from hcrlhf.demo import CONFIGS, Demo
+from hcrlhf.preferences import proportion
+from hcrlhf.world import WorldSizes, true_cost, true_reward, write_world
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+PROMPTS, CANDIDATES = 100, 48
+
+MEAN_ALONE = "[{estimand: mean, threshold: -0.5, safety_prompts: 500, pessimism: 0.0}]"
+MULTIPLIER = "--model.init_args.multiplier"
+
+
+def multiplier(name: str, **options: float) -> list[str]:
+    arguments = [MULTIPLIER, f"hcrlhf.multiplier.{name}"]
+    for key, value in options.items():
+        arguments += [f"{MULTIPLIER}.init_args.{key}", str(value)]
+    return arguments
+
+
+# Name -> (title, config layers after policy.yaml, further arguments).
+ARMS: dict[str, tuple[str, list[str], list[str]]] = {
+    "unconstrained": ("PPO without constraint", ["unconstrained"], []),
+    "safe_rlhf": (
+        "Safe RLHF: mean cost at the limit, k = 0",
+        [],
+        [f"--model.init_args.constraints={MEAN_ALONE}"],
+    ),
+    "ppo": ("ours, PPO (the shipped config)", [], []),
+    "rloo": ("ours, RLOO", ["rloo"], []),
+}
+MULTIPLIERS: dict[str, tuple[str, list[str], list[str]]] = {
+    "projected": ("projected", [], multiplier("ProjectedMultiplier", learning_rate=0.012)),
+    "log": ("log-space", [], multiplier("LogMultiplier", learning_rate=0.05, initial=0.3)),
+    "softplus": ("softplus", [], multiplier("SoftplusMultiplier", learning_rate=0.05, initial=0.3)),
+    "pid": ("PID", [], multiplier("PIDMultiplier", proportional=0.15, integral=0.012)),
+}
+
+
+# -- one run -----------------------------------------------------------------------------------
+
+
+def run_seed(out: Path, seed: int, arms: Sequence[str]) -> None:
+    """Everything of one seed that is not there yet, each stage in a process of its own."""
+    folder = out / f"seed-{seed:03d}"
+    demo = Demo(folder, seed, trainer_process)
+    if not (folder / "world" / "README.md").is_file():
+        write_world(folder / "world", seed, WorldSizes())
+    for stage in ("sft", "reward", "cost"):
+        if not (folder / stage / "hcrlhf.json").is_file():
+            shutil.rmtree(folder / stage, ignore_errors=True)
+            demo._fit(stage)
+    if not (folder / "reference.json").is_file():
+        child("reference", str(folder), str(seed))
+    for name in arms:
+        if not (folder / name / "result.json").is_file():
+            run_arm(demo, folder, seed, name)
+
+
+def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
+    root = folder / name
+    shutil.rmtree(root, ignore_errors=True)
+    _, layers, more = {**ARMS, **MULTIPLIERS}[name]
+    arguments = [a for layer in ["policy", *layers] for a in ("--config", str(config(layer)))]
+    arguments += [*demo._arguments("policy")[2:], *more]  # without its own --config
+    begin = time.monotonic()
+    # A ledger of its own: arms are separate claims, compared and never released.
+    code = trainer_process(["fit", *arguments, "--trainer.default_root_dir", str(root / "policy")])
+    seconds = time.monotonic() - begin
+    if code not in (PASSED, NO_SOLUTION, NOT_TESTED):
+        raise SystemExit(f"{root}: exit code {code}")
+    predict = ["predict", *arguments, "--trainer.default_root_dir", str(root / "evaluation")]
+    predict += ["--trainer.callbacks", "callbacks.Completions"]
+    predict += ["--ckpt_path", str(root / "policy" / "checkpoints" / "last.ckpt")]
+    trainer_process([*predict, "--trainer.enable_progress_bar", "false"])
+    lines = (root / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    verdict = json.loads((root / "policy" / "verdict.json").read_text())
+    result = {
+        "seed": seed,
+        "arm": name,
+        "verdict": verdict["verdict"],
+        "tested": verdict["plan_hash"] is not None,
+        "seconds": round(seconds, 1),
+        **summary([json.loads(line) for line in lines]),
+    }
+    (root / "result.json").write_text(json.dumps(result) + "\n")
+    print(json.dumps(result), flush=True)
+    shutil.rmtree(root / "policy" / "policy", ignore_errors=True)
+
+
+def config(layer: str) -> Path:
+    return CONFIGS / f"{layer}.yaml"
+
+
+def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    rewards = [true_reward(a["prompt"], a["response"]) for a in answers]
+    harmful = [true_cost(a["prompt"], a["response"]) > 0 for a in answers]
+    return {
+        "true_reward": mean(rewards),
+        "true_harm": mean(harmful),
+        "reward": mean(a["reward"] for a in answers),
+        "cost": mean(a["cost"] for a in answers),
+        "harm": mean(a["cost"] > 0 for a in answers),
+        "kl": mean(a["kl"] for a in answers),
+    }
+
+
+def trainer_process(arguments: Sequence[str]) -> int:
+    """hcrlhf in a process of its own; what it says goes to the error stream."""
+    command = [sys.executable, "-m", "hcrlhf", *arguments]
+    return subprocess.run(command, stdout=sys.stderr, check=False).returncode
+
+
+def child(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "benchmarks.recipe", *arguments], check=True)
+
+
+# -- what could be reached -----------------------------------------------------------------------
+
+
+def reference(folder: Path, seed: int) -> None:
+    """Writes reference.json: the supervised policy, and the best that its responses allow."""
+    import torch
+    from lightning.pytorch import Callback, LightningModule, Trainer
+
+    from datamodules import Prompts
+    from hcrlhf.backbone import LoraOptions
+    from hcrlhf.constraint import Constraint
+    from hcrlhf.rollouts import response_seed
+    from lightning_modules import Policy
+
+    limits = [Constraint("mean", -0.5), Constraint("harm_rate", 0.25)]  # those of policy.yaml
+    module = Policy(
+        *(str(folder / stage) for stage in ("sft", "reward", "cost")),
+        constraints=limits,
+        lora=LoraOptions(8, 16),
+        micro_batch_size=64,
+    )
+    files = folder / "world" / "prompts"
+    data = Prompts(str(files / "train.jsonl"), str(files / "validation.jsonl"), updates=1)
+    rows: list[dict[str, Any]] = []
+
+    class Sample(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            prompts = data.prompts["validation"][:PROMPTS]
+            for prompt in prompts:
+                encoded = module.encode(prompt)
+                assert encoded is not None
+                batch = module.collate([encoded]).repeat(CANDIDATES)
+                seeds = [response_seed(seed, "recipe", prompt.key, k) for k in range(CANDIDATES)]
+                rollout = module._rollout(batch, seeds)
+                texts = module.encoder.decode(rollout.tokens)
+                for text, cost in zip(texts, rollout.costs, strict=True):
+                    rows.append({"prompt": prompt.text, "response": text, "cost": float(cost)})
+            trainer.should_stop = True
+
+    trainer = Trainer(
+        default_root_dir=str(folder / "reference"),
+        accelerator="cpu",
+        max_epochs=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=[Sample()],
+    )
+    torch.manual_seed(0)
+    trainer.fit(module, data)
+    rewards = np.array([true_reward(r["prompt"], r["response"]) for r in rows])
+    costs = np.array([r["cost"] for r in rows])
+    best = best_feasible(rewards, costs, CANDIDATES, -0.5, 0.25)
+    record = {"sft": float(rewards.mean()), "best": best}
+    (folder / "reference.json").write_text(json.dumps(record) + "\n")
+    print(json.dumps({"seed": seed, **record}), flush=True)
+
+
+def best_feasible(
+    rewards: np.ndarray, costs: np.ndarray, candidates: int, threshold: float, rate: float
+) -> float:
+    """The optimum of the linear program above.
+
+    Args:
+        rewards, costs: (N · candidates,), the candidates of a prompt side by side.
+    """
+    count = len(rewards) // candidates
+    rows = np.repeat(np.arange(count), candidates)
+    distribution = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
+    solution = optimize.linprog(
+        -rewards / count,
+        A_ub=np.stack([costs, costs > 0]) / count,
+        b_ub=[threshold, rate],
+        A_eq=distribution,
+        b_eq=np.ones(count),
+        bounds=(0, 1),
+    )
+    return float(-solution.fun) if solution.success else math.nan
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float], digits: int = 2) -> str:
+    """mean (95% Student-t interval over seeds)."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else ""
+    half = stdev(values) / math.sqrt(len(values)) * float(stats.t.ppf(0.975, len(values) - 1))
+    centre = mean(values)
+    return f"{centre:.{digits}f} ({centre - half:.{digits}f} to {centre + half:.{digits}f})"
+
+
+def share(hits: int, n: int) -> str:
+    found = proportion(hits, n)
+    return f"{hits} of {n}: {found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
+
+
+def collect(out: Path) -> list[dict[str, Any]]:
+    rows = []
+    for path in sorted(out.glob("seed-*/*/result.json")):
+        row = json.loads(path.read_text())
+        known = json.loads((path.parent.parent / "reference.json").read_text())
+        gain = (row["true_reward"] - known["sft"]) / (known["best"] - known["sft"])
+        rows.append({**row, **known, "gain": gain})
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "| | seeds | safety test passed | true reward | share of the best gain | true harm | "
+        "cost (model) | KL, nats | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, (title, _, _) in arms.items():
+        own = [row for row in rows if row["arm"] == name]
+        if not own:
+            continue
+        tested = [row for row in own if row["verdict"] != "NOT_TESTED"]
+        passed = sum(row["verdict"] == "PASS" for row in tested)
+        columns = [
+            title,
+            str(len(own)),
+            share(passed, len(tested)) if tested else "no test",
+            interval([row["true_reward"] for row in own]),
+            interval([row["gain"] for row in own]),
+            interval([row["true_harm"] for row in own], 3),
+            interval([row["cost"] for row in own]),
+            interval([row["kl"] for row in own], 1),
+            f"{mean(row['seconds'] for row in own):.0f}",
+        ]
+        lines.append("| " + " | ".join(columns) + " |")
+    return lines
+
+
+def page(rows: Sequence[Mapping[str, Any]]) -> str:
+    by_seed = {row["seed"]: row for row in rows}.values()
+    lines = [
+        "# The recipe on the embedded world",
+        "",
+        "Written by `benchmarks/recipe.py report`; its docstring says what is run and what `best` "
+        "is. Brackets are 95% intervals over seeds (Student-t; Clopper-Pearson for shares). A test "
+        "that the candidate check did not open counts as not passed.",
+        "",
+        f"Supervised policy, true reward: {interval([row['sft'] for row in by_seed])}; best "
+        f"feasible: {interval([row['best'] for row in by_seed])}.",
+        "",
+        *table(rows, ARMS),
+    ]
+    if any(row["arm"] in MULTIPLIERS for row in rows):
+        lines += ["", "The shipped PPO config with each multiplier:", ""]
+        lines += table(rows, MULTIPLIERS)
+    lines += ["", f"Machine: {platform.platform(terse=True)}, one thread per run.", ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Whole runs on the embedded world, by seed.")
+    parser.add_argument("command", choices=["run", "report", "reference"])
+    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("--seeds", type=int, nargs=2, default=(0, 40), metavar=("FROM", "TO"))
+    parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MULTIPLIERS], default=list(ARMS))
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
+    options = parser.parse_args()
+    if options.command == "reference":
+        reference(Path(options.rest[0]), int(options.rest[1]))
+    elif options.command == "run":
+        for seed in range(*options.seeds):
+            run_seed(options.out, seed, options.arms)
+    else:
+        rows = collect(options.out)
+        if not rows:
+            raise SystemExit(f"{options.out} holds no finished run")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (RESULTS / "recipe.jsonl").write_text(lines)
+        (RESULTS / "recipe.md").write_text(page(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
