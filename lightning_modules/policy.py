@@ -463,9 +463,11 @@ class Policy(AdapterModule):
         count, phases = len(batch.keys), phases or Phases(self.device)
         if processes.rank_and_size()[1] == 1:
             return self._own_rollout(batch, seeds, asked, phases)
-        mine = processes.share(count)
-        own = self._own_rollout(batch.rows(mine), [seeds[i] for i in mine.tolist()], asked, phases)
-        parts = processes.gathered(own.to("cpu"))
+        mine, own = processes.share(count), None
+        if len(mine) > 0:  # the last batch of a safety test may be smaller than the processes
+            chosen = [seeds[i] for i in mine.tolist()]
+            own = self._own_rollout(batch.rows(mine), chosen, asked, phases).to("cpu")
+        parts = [part for part in processes.gathered(own) if part is not None]
         whole = Rollout.join(parts, self.encoder.pad_id)
         return whole.rows(processes.in_order(count)).to(self.device)
 

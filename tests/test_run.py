@@ -884,6 +884,8 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     # Micro-batches and an uneven share, so that nothing fits by accident.
     more = [limits, "--model.init_args.micro_batch_size", "3"]
     more += ["--data.init_args.prompts_per_update", "7"]
+    # 40 safety prompts in batches of 13: the last one has a prompt for one process alone.
+    more.append(tested(batch_size=13, candidate_check=True))
     assert fit(demo, tmp_path / "one" / "policy", *more) == PASSED
     root = tmp_path / "two" / "policy"
     arguments = policy_arguments(demo, root, *more, "--trainer.devices", "2")
