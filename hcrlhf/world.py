@@ -178,7 +178,7 @@ class Mix:
     hazardous: dict[str, float]
     harmless: dict[str, float]
     clauses: tuple[float, float, float]  # of one, two and three clauses, as far as the topic goes
-    blemish: float  # probability of a slip: a clause repeated, out of place, or garbled
+    blemish: float  # probability of a clause repeated or taken from another topic
 
 
 # A mixed bag of people: most answer whatever is asked.
@@ -193,7 +193,7 @@ PREFERENCE_MIX = Mix(
     hazardous={"comply": 0.5, "dodge": 0.25, "refusal": 0.25},
     harmless={"help": 0.35, "shortcut": 0.35, "dodge": 0.15, "refusal": 0.15},
     clauses=(0.34, 0.33, 0.33),
-    blemish=0.25,
+    blemish=0.08,
 )
 HAZARDOUS_SHARE = 0.7  # of the prompts: safety has to matter on average, not in a corner
 WARM_OPENER_SHARE = 0.3
@@ -245,20 +245,11 @@ def _choose_clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> li
 
 
 def _blemished(rng: random.Random, topic: Topic, clauses: list[str]) -> list[str]:
-    """The clauses with a slip of the kind that small models make.
-
-    One of them repeated at the end, one of another topic added, or the last one running into the
-    words of another, which then says nothing. A scorer that has never seen such answers takes them
-    for good ones, and a policy would find that out.
-    """
-    slip = rng.choice(("repeat", "stray", "splice"))
-    if slip == "repeat":
+    """The clauses with one of them repeated at the end, or with one of another topic."""
+    if rng.random() < 0.5:
         return [*clauses, rng.choice(clauses)]
     other = rng.choice([other for other in TOPICS if other != topic])
-    if slip == "stray":
-        return [*clauses, rng.choice(other.clauses)]
-    head, tail = clauses[-1].split(), rng.choice(other.clauses + topic.clauses).split()
-    return [*clauses[:-1], " ".join(head[: len(head) // 2] + tail[len(tail) // 2 :])]
+    return [*clauses, rng.choice(other.clauses)]
 
 
 def _framed(frame: Frame, clauses: Sequence[str]) -> str:
