@@ -47,7 +47,8 @@ TRAINER_KEPT = frozenset(
 )
 # Files and folders are compared by what is in them, so that a run may be moved.
 PATHS = [f"model.init_args.{name}" for name in ("model", "sft", "reward", "cost")] + [
-    f"data.init_args.{name}" for name in ("path", "train", "validation", "safety")
+    *(f"model.init_args.{slot}.init_args.model" for slot in ("reward", "cost")),
+    *(f"data.init_args.{name}" for name in ("path", "train", "validation", "safety")),
 ]
 
 Settings = Mapping[str, Any]

@@ -64,6 +64,7 @@ class StageModule(LightningModule):
         self.schedule = schedule
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing
+        self._rates: list[float] = []  # of each parameter group, as the config says
         self._rng: dict[str, Any] | None = None  # of the checkpoint that the fit goes on from
 
     @property
@@ -127,6 +128,40 @@ class StageModule(LightningModule):
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
 
+    def on_train_start(self) -> None:
+        if self._rng is not None:
+            self._use_own_rates()
+            # As late as can be: what happens between here and the next batch draws nothing.
+            set_rng_state(self._rng, self.device)
+
+    def _use_own_rates(self) -> None:
+        """The config's learning rates, not those that the checkpoint brought.
+
+        lr = rate · schedule(steps so far), as the scheduler says by itself: nothing moves where the
+        config is still the same.
+        """
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.base_lrs = list(self._rates)
+        for group, rate, factor in zip(
+            optimizer.param_groups, self._rates, scheduler.lr_lambdas, strict=True
+        ):
+            group["initial_lr"], group["weight_decay"] = rate, self.weight_decay
+            group["lr"] = rate * factor(scheduler.last_epoch)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["rng"] = rng_state(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != "fit":
+            return
+        if self.trainer.world_size > 1:
+            raise InputError(
+                "a fit of several processes cannot go on from a checkpoint so far: the order of "
+                "the data would be another; begin it anew"
+            )
+        self._rng = checkpoint.get("rng")
+
 
 class AdapterModule(StageModule):
     """A stage around a `Backbone`, whose checkpoints hold trained weights only."""
@@ -166,38 +201,7 @@ class AdapterModule(StageModule):
         # Hugging Face models arrive in evaluation mode, where gradient checkpointing is silently
         # off.
         self.backbone.train()
-        if self._rng is not None:
-            self._use_own_rates()
-            # As late as can be: what happens between here and the next batch draws nothing.
-            set_rng_state(self._rng, self.device)
-
-    def _use_own_rates(self) -> None:
-        """The config's learning rates, not those that the checkpoint brought.
-
-        lr = rate · schedule(steps so far), as the scheduler says by itself: nothing moves where the
-        config is still the same.
-        """
-        optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        scheduler.base_lrs = list(self._rates)
-        for group, rate, factor in zip(
-            optimizer.param_groups, self._rates, scheduler.lr_lambdas, strict=True
-        ):
-            group["initial_lr"], group["weight_decay"] = rate, self.weight_decay
-            group["lr"] = rate * factor(scheduler.last_epoch)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng"] = rng_state(self.device)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn != "fit":
-            return
-        if self.trainer.world_size > 1:
-            raise InputError(
-                "a fit of several processes cannot go on from a checkpoint so far: the order of "
-                "the data would be another; begin it anew"
-            )
-        self._rng = checkpoint.get("rng")
+        super().on_train_start()
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         return self.backbone.trained_state()

@@ -904,6 +904,7 @@ class Policy(AdapterModule):
             "reward_moments": asdict(self.reward_moments) if self.reward_moments else None,
             "updates_at_cap": list(self._updates_at_cap),
             "skipped_in_a_row": self._skipped_in_a_row,
+            "forecasts": list(self._forecasts),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -928,6 +929,7 @@ class Policy(AdapterModule):
             self.reward_moments = ScoreMoments(**state["reward_moments"])
         self._updates_at_cap = [int(n) for n in state["updates_at_cap"]]
         self._skipped_in_a_row = int(state["skipped_in_a_row"])
+        self._forecasts = [float(f) for f in state["forecasts"]]
         if self.adaptive_kl is not None:  # a fixed one is taken from the config alone
             self.kl_coefficient = float(state["kl_coefficient"])
         trainer: Any = self.trainer

@@ -112,6 +112,7 @@ class PreferenceClassifier(PairModule):
             f"{self._cut} of {self._texts} texts are longer than {self.classifier.max_tokens} "
             "tokens: the beginning of the prompt is not read"
         )
+        super().on_train_start()
 
     def save_stage(self) -> None:
         """Writes model, tokenizer and `hcrlhf.json`, and scores with what was written.
