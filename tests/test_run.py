@@ -938,7 +938,7 @@ def test_while_critics_warm_up_the_policy_and_lambda_stay(
     learner = ["--model.init_args.learner.init_args.critic", critic]
     assert fit(demo, root, *ALWAYS, *learner, "--model.init_args.critic_warmup", "3") == PASSED
     rows = [r for r in csv.DictReader((root / "metrics.csv").open()) if r["lambda"]]
-    assert [float(row["lambda"]) for row in rows] == pytest.approx([0.3] * 3)
+    assert [float(row["lambda"]) for row in rows] == pytest.approx([0.6] * 3)
     assert [float(row["kl"]) for row in rows] == [0.0] * 3
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     state = checkpoint["state_dict"]
