@@ -278,8 +278,8 @@ class Backbone(nn.Module):
         copy of the backbone costs what LoRA saves.
         """
         weight = next(self.model.parameters())
-        full = self.quantized or self.full
-        return not full and weight.dtype == torch.float32 and weight.device.type == "cpu"
+        in_memory = weight.dtype == torch.float32 and weight.device.type == "cpu"
+        return in_memory and not (self.quantized or self.full)
 
     @contextmanager
     def merged(self, name: str) -> Iterator[None]:

@@ -119,7 +119,7 @@ class Policy(AdapterModule):
         lora: adapter of the policy; only where the supervised stage trained the whole model.
         critic_learning_rate: of value heads and critic adapters; None takes learning_rate.
         critic_warmup: first updates in which the critics alone learn (of critics that share the
-            policy's hidden states, the heads), and policy and multipliers stay as they are.
+            policy's hidden states, the heads), and policy, multipliers and β stay as they are.
         max_grad_norm: gradients are scaled down to this norm.
         micro_batch_size: sequences per forward and backward pass, those of similar length
             together; None takes all at once.
@@ -525,17 +525,21 @@ class Policy(AdapterModule):
         with phases.measured("update"):
             statistics = self._improve(rollout, targets)
         if not self._warming_up:
-            self.multiplier_states = [
-                self.multiplier.step(state, g)
-                for state, g in zip(self.multiplier_states, violations, strict=True)
-            ]
-        if self.adaptive_kl is not None:
-            kl = float(rollout.kl.sum(dim=1).mean())
-            self.kl_coefficient = self.adaptive_kl.update(self.kl_coefficient, kl)
+            self._steer(rollout, violations)
         self.updates += 1
         self._report(rollout, targets, violations, statistics, phases)
         self._warn_at_cap(rollout)
         self._warn_truncated(rollout)
+
+    def _steer(self, rollout: Rollout, violations: list[float]) -> None:
+        """One step of every multiplier, and of an adaptive β."""
+        self.multiplier_states = [
+            self.multiplier.step(state, g)
+            for state, g in zip(self.multiplier_states, violations, strict=True)
+        ]
+        if self.adaptive_kl is not None:
+            kl = float(rollout.kl.sum(dim=1).mean())
+            self.kl_coefficient = self.adaptive_kl.update(self.kl_coefficient, kl)
 
     @property
     def _warming_up(self) -> bool:

@@ -936,10 +936,12 @@ def test_while_critics_warm_up_the_policy_and_lambda_stay(
 ) -> None:
     root = tmp_path / "run" / "policy"
     learner = ["--model.init_args.learner.init_args.critic", critic]
+    learner += ["--model.init_args.adaptive_kl.target", "1.0"]
     assert fit(demo, root, *ALWAYS, *learner, "--model.init_args.critic_warmup", "3") == PASSED
     rows = [r for r in csv.DictReader((root / "metrics.csv").open()) if r["lambda"]]
     assert [float(row["lambda"]) for row in rows] == pytest.approx([0.6] * 3)
     assert [float(row["kl"]) for row in rows] == [0.0] * 3
+    assert len({row["kl_coefficient"] for row in rows}) == 1
     checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     state = checkpoint["state_dict"]
     assert all(not v.any() for k, v in state.items() if "lora_B.policy" in k)
