@@ -296,7 +296,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "# The recipe on the embedded world",
         "",
         "Written by `benchmarks/recipe.py report`; its docstring says what is run and what `best` "
-        "is. Brackets are 95% intervals over seeds (Student-t; Clopper-Pearson for shares). A test "
+        "is. Brackets are 95% intervals over seeds (Student-t; Wilson for shares). A test "
         "that the candidate check did not open counts as not passed.",
         "",
         f"Supervised policy, true reward: {interval([row['sft'] for row in by_seed])}; best "
