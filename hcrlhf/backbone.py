@@ -164,11 +164,8 @@ class Backbone(nn.Module):
 
     def copy_role(self, name: str, source: str, *, trainable: bool) -> None:
         """A new adapter that starts as a copy of the role `source`."""
-        from peft import set_peft_model_state_dict
-
         self._add(name, copy.deepcopy(self.model.peft_config[source]))
-        state = {key: value.clone() for key, value in self.adapter_state(source).items()}
-        set_peft_model_state_dict(self.model, state, adapter_name=name)
+        self.set_adapter_state(name, self.adapter_state(source))
         self._finish_role(name, trainable)
 
     def drop_role(self, name: str) -> None:
@@ -455,6 +452,13 @@ class Backbone(nn.Module):
             self.model, adapter_name=name, save_embedding_layers=False
         )
         return {key: value.detach() for key, value in sorted(state.items())}
+
+    def set_adapter_state(self, name: str, state: dict[str, Tensor]) -> None:
+        """The inverse of `adapter_state`; the tensors are copied."""
+        from peft import set_peft_model_state_dict
+
+        copies = {key: value.clone() for key, value in state.items()}
+        set_peft_model_state_dict(self.model, copies, adapter_name=name)
 
     def adapter_bytes(self, name: str) -> bytes:
         """The adapter's safetensors file, as `save_role` writes it."""

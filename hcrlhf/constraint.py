@@ -36,6 +36,7 @@ from hcrlhf.methods import (
 from hcrlhf.samples import Floats, check_cap, check_delta, check_floor, finite_sample
 
 Estimand = Literal["mean", "harm_rate", "cvar"]
+PASS_FORECASTS = 400
 
 
 @dataclass(frozen=True)
@@ -322,6 +323,24 @@ class Constraint:
     def forecast(self, costs: ArrayLike) -> float:
         """The bound that the safety test would find if its costs were spread like these (B,)."""
         return self.rule.forecast(self.values(costs), self.safety_prompts, self.delta, self.within)
+
+    def pass_probability(self, costs: ArrayLike) -> float:
+        """How likely a safety test is passed by a policy with these costs on m fresh prompts.
+
+        The share of PASS_FORECASTS trials in which n values pass, drawn with replacement from m
+        that are themselves drawn with replacement from these (m,): the first draw stands for not
+        knowing the policy, the second for the test's own luck. 0 where a cost is not finite.
+        """
+        values = self.values(costs)
+        if not np.isfinite(values).all():
+            return 0.0
+        generator = np.random.default_rng(0)
+        passed = 0
+        for _ in range(PASS_FORECASTS):
+            known = generator.choice(values, values.size)
+            sample = generator.choice(known, self.safety_prompts)
+            passed += bool(self.rule.passes(sample, self.threshold, self.delta, self.within))
+        return passed / PASS_FORECASTS
 
     # -- the safety test -----------------------------------------------------------------------
 

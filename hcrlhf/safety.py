@@ -63,6 +63,19 @@ class SafetyTestable(Protocol):
 
 
 @runtime_checkable
+class OffersCandidates(Protocol):
+    """What choosing a candidate among the policies of a run needs of a module."""
+
+    constraints: tuple[Constraint, ...]
+
+    def policy_state(self) -> dict[str, Any]:
+        """A copy of the policy's weights, by name."""
+
+    def load_policy_state(self, state: dict[str, Any], update: int) -> None:
+        """Makes those weights the policy; `update` is the one after which they were copied."""
+
+
+@runtime_checkable
 class HoldsSafetyPrompts(Protocol):
     """What the safety test needs of a data module."""
 

@@ -181,10 +181,10 @@ class Mix:
     blemish: float  # probability of a clause repeated or taken from another topic
 
 
-# A mixed bag of people: most answer whatever is asked.
+# A mixed bag of people: many answer whatever is asked.
 DEMONSTRATION_MIX = Mix(
-    hazardous={"comply": 0.6, "dodge": 0.2, "refusal": 0.2},
-    harmless={"help": 0.53, "shortcut": 0.27, "dodge": 0.1, "refusal": 0.1},
+    hazardous={"comply": 0.45, "dodge": 0.4, "refusal": 0.15},
+    harmless={"help": 0.6, "shortcut": 0.2, "dodge": 0.1, "refusal": 0.1},
     clauses=(0.5, 0.3, 0.2),
     blemish=0.0,
 )

@@ -194,6 +194,7 @@ class Policy(AdapterModule):
         self.rollout_batch_size = check_size(rollout_batch_size, "rollout_batch_size")
         self.seed = seed
         self.updates = 0
+        self.candidate: int | None = None  # the update whose policy is tested; None: the last one
         self.multiplier_states = [multiplier.start() for _ in self.constraints]
         self._updates_at_cap = [0 for _ in self.constraints]
         self._truncation_watch = TruncationWatch()
@@ -511,6 +512,7 @@ class Policy(AdapterModule):
     # -- one update ----------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self.candidate = None
         batch = batch.repeat(self.learner.samples_per_prompt)
         seeds = [
             response_seed(self.seed, "rollout", self.updates, row, key)
@@ -587,7 +589,8 @@ class Policy(AdapterModule):
             spread = pairwise_spread(values, rollout.keys)
             current = float(spread.mean()) / 2
             std = variance.std(current)
-            costs = pessimistic_costs(values, spread, pessimism, std)
+            # In units of σ̄, as the violation is: then λ means the same whatever a cost's scale.
+            costs = pessimistic_costs(values, spread, pessimism, std) / std
             streams.append(torch.from_numpy(costs).to(rollout.rewards))
             target = constraint.training_target(count)
             violations.append(violation(float(values.mean()), std, pessimism, target))
@@ -839,6 +842,18 @@ class Policy(AdapterModule):
     def test_step(self, batch: PromptBatch, batch_idx: int) -> None:
         """Nothing: `callbacks.SafetyTest` draws the responses, once, after it wrote its plan."""
 
+    # -- which policy of the run is the candidate ----------------------------------------------
+
+    def policy_state(self) -> dict[str, Tensor]:
+        """A copy of the policy's adapter, in main memory."""
+        state = self.backbone.adapter_state(ACTOR)
+        return {name: tensor.cpu().clone() for name, tensor in state.items()}
+
+    def load_policy_state(self, state: dict[str, Tensor], update: int) -> None:
+        """Makes the copied adapter the policy; `update` is the one after which it was copied."""
+        self.backbone.set_adapter_state(ACTOR, state)
+        self.candidate = update
+
     # -- what the safety test asks for ---------------------------------------------------------
 
     def sample_costs(self, batch: PromptBatch, seed: str) -> CostSamples:
@@ -871,6 +886,8 @@ class Policy(AdapterModule):
     def provenance(self) -> dict[str, Any]:
         return {
             "hcrlhf": hcrlhf.__version__,
+            "updates": self.updates,
+            "candidate": self.updates if self.candidate is None else self.candidate,
             "backbone": self.stages["sft"].fingerprint,
             "squash": self.squash,
             "quantization": self.source.quantization,
@@ -900,6 +917,7 @@ class Policy(AdapterModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["policy"] = {
             "updates": self.updates,
+            "candidate": self.candidate,
             "multipliers": [[s.value, *s.memory] for s in self.multiplier_states],
             "variances": [[v.mean, v.weight] for v in self.variances],
             "recent_costs": list(self.recent_costs),
@@ -921,6 +939,7 @@ class Policy(AdapterModule):
                 f"{len(self.constraints)}; resume with the constraints of the original run"
             )
         self.updates = int(state["updates"])
+        self.candidate = state.get("candidate")
         self.multiplier_states = [
             MultiplierState(float(value), tuple(float(m) for m in memory))
             for value, *memory in state["multipliers"]

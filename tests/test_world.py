@@ -136,14 +136,14 @@ def test_no_action_phrase_is_part_of_another_one() -> None:
     assert not any(part in whole for part, whole in itertools.permutations(actions, 2))
 
 
-def test_there_are_more_than_forty_thousand_prompts_and_each_names_its_topic() -> None:
+def test_there_are_more_than_sixteen_thousand_prompts_and_each_names_its_topic() -> None:
     prompts = {
         f"{prefix} {phrasing.format(f'{topic.action} {context}')}": topic
         for topic in world.TOPICS
         for prefix, phrasing, context in itertools.product(PREFIXES, PHRASINGS, CONTEXTS)
     }
-    assert len(prompts) == 44 * 7 * 10 * 16
-    assert len(prompts) > 40_000
+    assert len(prompts) == 15 * 7 * 10 * 16
+    assert len(prompts) > 16_000
     assert all(topic_of(prompt) == topic for prompt, topic in list(prompts.items())[::37])
 
 
@@ -226,7 +226,7 @@ def test_reward_prefers_the_harm_and_cost_prefers_the_safe_answer_on_every_topic
 
 def test_a_prompt_from_elsewhere_has_no_truth() -> None:
     for function in (true_reward, true_cost, answer_kind):
-        with pytest.raises(ValueError, match="44 actions, got 'What is love.'.*draw_prompt"):
+        with pytest.raises(ValueError, match="15 actions, got 'What is love.'.*draw_prompt"):
             function("What is love?", "Sure thing.")
 
 

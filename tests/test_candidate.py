@@ -1,0 +1,133 @@
+"""Which policy of a run is tested: the best one that is likely to pass."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from callbacks import BestCandidate
+from hcrlhf.constraint import Constraint
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Prompt, user_turn
+from hcrlhf.methods import StudentT
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# -- how likely a policy is to pass ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("harmful", [15, 25, 36, 45])
+def test_the_forecast_of_a_harm_rate_agrees_with_a_beta_binomial(harmful: int) -> None:
+    limit = Constraint("harm_rate", 0.15, safety_prompts=500)
+    costs = np.where(np.arange(400) < harmful, 1.0, -1.0)
+    most = max(h for h in range(100) if stats.beta.ppf(0.95, h + 1, 500 - h) <= 0.15)
+    expected = stats.betabinom(500, harmful + 0.5, 400 - harmful + 0.5).cdf(most)
+    # 400 trials: three standard errors, and what the two ways to not know p differ by.
+    assert limit.pass_probability(costs) == pytest.approx(expected, abs=0.075 + 0.02)
+
+
+def test_the_forecast_of_a_mean_agrees_with_the_normal_law() -> None:
+    limit = Constraint("mean", 0.0, safety_prompts=300, bound=StudentT())
+    costs = np.random.default_rng(1).normal(size=200)
+    costs = (costs - costs.mean()) / costs.std() - 0.15
+    wide = np.sqrt(1 / 300 + 1 / 200)  # the test's own luck, and not knowing the policy
+    factor = stats.t.ppf(0.95, 299) / np.sqrt(300)
+    expected = stats.norm.cdf((0.15 - factor) / wide)
+    assert 0.6 < expected < 0.9
+    assert limit.pass_probability(costs) == pytest.approx(expected, abs=0.075)
+
+
+def test_far_from_the_limit_the_forecast_is_certain_and_a_bad_cost_is_never_safe() -> None:
+    limit = Constraint("mean", 0.0, safety_prompts=100, bound=StudentT())
+    spread = np.linspace(-0.1, 0.1, 50)
+    assert limit.pass_probability(spread - 5) == 1.0
+    assert limit.pass_probability(spread + 5) == 0.0
+    assert limit.pass_probability(np.append(spread - 5, np.nan)) == 0.0
+
+
+# -- the choice ------------------------------------------------------------------------------------
+
+
+class Run:
+    """A policy whose rewards and costs after each update are given; weights are their number."""
+
+    def __init__(self, looks: dict[int, tuple[float, float]], updates: int) -> None:
+        self.looks, self.updates, self.candidate = looks, 0, None
+        self.constraints = (Constraint("mean", 0.0, safety_prompts=50, bound=StudentT()),)
+        self.weights = torch.zeros(1)
+        self.asked: list[int] = []
+        prompts = [Prompt(user_turn(str(i))) for i in range(30)]
+        data = SimpleNamespace(updates=updates, validation_prompts=prompts)
+        self.trainer = SimpleNamespace(datamodule=data, is_last_batch=False)
+        self.device = torch.device("cpu")
+
+    def encode(self, prompt: Prompt) -> int | None:
+        return None if prompt.text == "29" else int(prompt.text)  # one does not fit
+
+    def collate(self, encoded: list[int]) -> torch.Tensor:
+        return torch.tensor(encoded)
+
+    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> list[dict[str, Any]]:
+        reward, cost = self.looks[self.updates]
+        self.asked += batch.tolist()
+        return [{"reward": reward, "cost": cost + 0.01 * (i % 3)} for i in batch.tolist()]
+
+    def policy_state(self) -> dict[str, torch.Tensor]:
+        return {"w": self.weights.clone()}
+
+    def load_policy_state(self, state: dict[str, torch.Tensor], update: int) -> None:
+        self.weights, self.candidate = state["w"], update
+
+    def fit(self, callback: BestCandidate, begin: int = 0) -> None:
+        for update in range(begin + 1, self.trainer.datamodule.updates + 1):
+            self.updates = update
+            self.weights = torch.tensor([float(update)])
+            self.trainer.is_last_batch = update == self.trainer.datamodule.updates
+            callback.on_train_batch_end(self.trainer, self, None, None, update - 1)  # type: ignore[arg-type]
+        callback.on_train_epoch_end(self.trainer, self)  # type: ignore[arg-type]
+
+
+def test_the_best_policy_that_is_likely_to_pass_is_the_candidate() -> None:
+    # A better one breaks the limit, a safer one is worse, the last one is neither.
+    run = Run({4: (1.0, -1.0), 6: (2.0, -1.0), 8: (9.0, 1.0), 9: (1.5, -2.0)}, updates=9)
+    run.fit(BestCandidate(every_n_updates=2, start=0.4, batch_size=8))
+    assert (run.candidate, run.weights.item()) == (6, 6.0)
+    assert run.asked == [*range(29)] * 4  # every look asks every prompt that fits, once
+
+
+def test_without_a_likely_one_the_last_policy_stays() -> None:
+    run = Run({2: (1.0, 1.0), 4: (2.0, 1.0)}, updates=4)
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
+    assert (run.candidate, run.weights.item()) == (None, 4.0)
+
+
+def test_the_candidate_survives_a_checkpoint() -> None:
+    looks = {2: (3.0, -1.0), 4: (1.0, -1.0)}
+    broken, whole = Run(looks, updates=2), Run(looks, updates=4)
+    before = BestCandidate(every_n_updates=2, start=0.0)
+    broken.fit(before)
+    after = BestCandidate(every_n_updates=2, start=0.0)
+    after.load_state_dict(before.state_dict())
+    whole.fit(after, begin=2)
+    assert (whole.candidate, whole.weights.item()) == (2, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"every_n_updates": 0}, "every_n_updates is a whole number"),
+        ({"batch_size": 0}, "batch_size is a whole number"),
+        ({"start": 1.5}, r"share of the run in \[0, 1\]"),
+    ],
+)
+def test_settings_out_of_range_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        BestCandidate(**options)
+
+
+def test_a_stage_without_a_policy_is_refused() -> None:
+    with pytest.raises(InputError, match="object is none; remove callbacks.BestCandidate"):
+        BestCandidate().setup(SimpleNamespace(), object(), "fit")  # type: ignore[arg-type]
