@@ -9,13 +9,20 @@ A seed is a world of its own: data, labels, supervised, reward and cost model. O
 to the evaluation prompts are then judged by what the world itself knows. What is finished in --out
 is not run again, so the same command resumes.
 
-`best` is the best mixture of responses that could be given without breaking a limit, from
-CANDIDATES responses of the supervised policy to each of PROMPTS prompts: the linear program
+What could be reached is bounded by a linear program over CANDIDATES responses of the supervised
+policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
 
-    max mean_i Σ_k w_ik R_ik   s.t.   mean cost <= τ, harm rate <= ρ, w_i a distribution over k,
+    max mean_i Σ_k w_ik f_ik   s.t.   mean cost <= τ, harm rate <= ρ, w_i a distribution over k,
 
-R the true reward, cost and harm by the cost model, as in the limits. It bounds from above what a
-policy within ln(CANDIDATES) nats of the supervised one can earn: it picks with hindsight.
+cost and harm by the cost model, as in the limits. It picks with hindsight, so it bounds from above
+what a policy within ln(CANDIDATES) nats of the supervised one can earn. Two of them, both valued by
+the true reward:
+
+- `known`: f is the learnt reward, and the limits are those that training aims at, with the margins
+  that let a policy pass its test with probability 1 - miss_probability. The learner is asked for
+  this.
+- `best`: f is the true reward, and the limits have no margin: what the labels and the size of the
+  safety test take away counts as well.
 """
 
 from __future__ import annotations
@@ -37,15 +44,27 @@ import numpy as np
 from scipy import optimize, sparse, stats
 
 from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
+from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS, Demo
 from hcrlhf.preferences import proportion
+from hcrlhf.samples import Floats
 from hcrlhf.world import WorldSizes, true_cost, true_reward, write_world
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PROMPTS, CANDIDATES = 100, 48
 
-MEAN_ALONE = "[{estimand: mean, threshold: -0.5, safety_prompts: 500, pessimism: 0.0}]"
+LIMITS = (Constraint("mean", -0.8), Constraint("harm_rate", 0.15))  # those of policy.yaml
+MEAN_ALONE = "[{estimand: mean, threshold: -0.8, safety_prompts: 500, pessimism: 0.0}]"
+# Safe RLHF takes its last policy, and every one is tested, so that the share of passes is one.
+LAST = [
+    {"class_path": f"callbacks.{name}"} for name in ("Progress", "Checkpoint", "Completions")
+] + [
+    {
+        "class_path": "callbacks.SafetyTest",
+        "init_args": {"schedule": "once", "candidate_check": False},
+    }
+]
 MULTIPLIER = "--model.init_args.multiplier"
 
 
@@ -62,16 +81,19 @@ ARMS: dict[str, tuple[str, list[str], list[str]]] = {
     "safe_rlhf": (
         "Safe RLHF: mean cost at the limit, k = 0",
         [],
-        [f"--model.init_args.constraints={MEAN_ALONE}"],
+        [f"--model.init_args.constraints={MEAN_ALONE}", f"--trainer.callbacks={json.dumps(LAST)}"],
     ),
     "ppo": ("ours, PPO (the shipped config)", [], []),
     "rloo": ("ours, RLOO", ["rloo"], []),
 }
 MULTIPLIERS: dict[str, tuple[str, list[str], list[str]]] = {
-    "projected": ("projected", [], multiplier("ProjectedMultiplier", learning_rate=0.012)),
-    "log": ("log-space", [], multiplier("LogMultiplier", learning_rate=0.05, initial=0.3)),
-    "softplus": ("softplus", [], multiplier("SoftplusMultiplier", learning_rate=0.05, initial=0.3)),
-    "pid": ("PID", [], multiplier("PIDMultiplier", proportional=0.15, integral=0.012)),
+    "projected": (
+        "projected",
+        [],
+        multiplier("ProjectedMultiplier", learning_rate=0.05, initial=0.3),
+    ),
+    "log": ("log-space", [], multiplier("LogMultiplier", learning_rate=0.15, initial=0.3)),
+    "softplus": ("softplus", [], multiplier("SoftplusMultiplier", learning_rate=0.15, initial=0.3)),
 }
 
 
@@ -163,33 +185,32 @@ def reference(folder: Path, seed: int) -> None:
 
     from datamodules import Prompts
     from hcrlhf.backbone import LoraOptions
-    from hcrlhf.constraint import Constraint
     from hcrlhf.rollouts import response_seed
     from lightning_modules import Policy
 
-    limits = [Constraint("mean", -0.5), Constraint("harm_rate", 0.25)]  # those of policy.yaml
     module = Policy(
         *(str(folder / stage) for stage in ("sft", "reward", "cost")),
-        constraints=limits,
+        constraints=list(LIMITS),
         lora=LoraOptions(8, 16),
         micro_batch_size=64,
     )
     files = folder / "world" / "prompts"
     data = Prompts(str(files / "train.jsonl"), str(files / "validation.jsonl"), updates=1)
     rows: list[dict[str, Any]] = []
+    learnt: list[Floats] = []
 
     class Sample(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             prompts = data.prompts["validation"][:PROMPTS]
-            for prompt in prompts:
-                encoded = module.encode(prompt)
-                assert encoded is not None
-                batch = module.collate([encoded]).repeat(CANDIDATES)
-                seeds = [response_seed(seed, "recipe", prompt.key, k) for k in range(CANDIDATES)]
+            encoded = [e for e in map(module.encode, prompts) if e is not None]
+            for begin in range(0, len(encoded), 4):
+                batch = module.collate(encoded[begin : begin + 4]).repeat(CANDIDATES)
+                seeds = [response_seed(seed, "recipe", key, k) for k, key in enumerate(batch.keys)]
                 rollout = module._rollout(batch, seeds)
                 texts = module.encoder.decode(rollout.tokens)
-                for text, cost in zip(texts, rollout.costs, strict=True):
-                    rows.append({"prompt": prompt.text, "response": text, "cost": float(cost)})
+                for prompt, text, cost in zip(batch.texts, texts, rollout.costs, strict=True):
+                    rows.append({"prompt": prompt, "response": text, "cost": float(cost)})
+                learnt.append(rollout.rewards.double().numpy())
             trainer.should_stop = True
 
     trainer = Trainer(
@@ -208,32 +229,56 @@ def reference(folder: Path, seed: int) -> None:
     trainer.fit(module, data)
     rewards = np.array([true_reward(r["prompt"], r["response"]) for r in rows])
     costs = np.array([r["cost"] for r in rows])
-    best = best_feasible(rewards, costs, CANDIDATES, -0.5, 0.25)
-    record = {"sft": float(rewards.mean()), "best": best}
+    limits = (LIMITS[0].threshold, LIMITS[1].threshold)
+    record = {
+        "sft": float(rewards.mean()),
+        "known": float(pessimistic(np.concatenate(learnt), costs, module) @ rewards),
+        "best": float(feasible(rewards, costs, limits) @ rewards),
+    }
     (folder / "reference.json").write_text(json.dumps(record) + "\n")
     print(json.dumps({"seed": seed, **record}), flush=True)
 
 
-def best_feasible(
-    rewards: np.ndarray, costs: np.ndarray, candidates: int, threshold: float, rate: float
-) -> float:
-    """The optimum of the linear program above.
+def pessimistic(rewards: Floats, costs: Floats, module: Any) -> Floats:
+    """The linear program under the limits that training aims at, (N · CANDIDATES,) weights.
+
+    The margin of the mean is that of the costs of the solution itself, found by repetition.
+    """
+    mean_cost, rate = module.constraints
+    generator, margin = np.random.default_rng(0), 0.0
+    for _ in range(5):
+        limits = (mean_cost.training_target(2) - margin, rate.training_target(2))
+        weights = feasible(rewards, costs, limits)
+        recent = generator.choice(costs, mean_cost.safety_prompts, p=weights)
+        margin = mean_cost.training_pessimism(2, recent) * float(recent.std())
+    return weights
+
+
+def feasible(rewards: Floats, costs: Floats, limits: tuple[float, float]) -> Floats:
+    """The linear program's weights, (N · CANDIDATES,), which add up to 1.
 
     Args:
-        rewards, costs: (N · candidates,), the candidates of a prompt side by side.
+        rewards, costs: (N · CANDIDATES,), the candidates of a prompt side by side.
+        limits: of the mean cost and of the harm rate.
+
+    Raises:
+        ValueError: no mixture keeps to the limits.
     """
-    count = len(rewards) // candidates
-    rows = np.repeat(np.arange(count), candidates)
+    count = len(costs) // CANDIDATES
+    rows = np.repeat(np.arange(count), CANDIDATES)
     distribution = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     solution = optimize.linprog(
-        -rewards / count,
-        A_ub=np.stack([costs, costs > 0]) / count,
-        b_ub=[threshold, rate],
+        -rewards,
+        A_ub=np.stack([costs, costs > 0]),
+        b_ub=limits,
         A_eq=distribution,
-        b_eq=np.ones(count),
+        b_eq=np.full(count, 1 / count),
         bounds=(0, 1),
     )
-    return float(-solution.fun) if solution.success else math.nan
+    if not solution.success:
+        raise ValueError(f"no mixture of these responses keeps to {limits}")
+    weights = np.maximum(solution.x, 0.0)
+    return np.asarray(weights / weights.sum())
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -258,16 +303,19 @@ def collect(out: Path) -> list[dict[str, Any]]:
     for path in sorted(out.glob("seed-*/*/result.json")):
         row = json.loads(path.read_text())
         known = json.loads((path.parent.parent / "reference.json").read_text())
-        gain = (row["true_reward"] - known["sft"]) / (known["best"] - known["sft"])
-        rows.append({**row, **known, "gain": gain})
+        gains = {
+            f"of_{name}": (row["true_reward"] - known["sft"]) / (known[name] - known["sft"])
+            for name in ("known", "best")
+        }
+        rows.append({**row, **known, **gains})
     return rows
 
 
 def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[str]:
     lines = [
-        "| | seeds | safety test passed | true reward | share of the best gain | true harm | "
-        "cost (model) | KL, nats | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| | seeds | safety test passed | true reward | share of `known` | share of `best` | "
+        "true harm | harm (model) | cost (model) | KL, nats | seconds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (title, _, _) in arms.items():
         own = [row for row in rows if row["arm"] == name]
@@ -280,8 +328,10 @@ def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[st
             str(len(own)),
             share(passed, len(tested)) if tested else "no test",
             interval([row["true_reward"] for row in own]),
-            interval([row["gain"] for row in own]),
+            interval([row["of_known"] for row in own]),
+            interval([row["of_best"] for row in own]),
             interval([row["true_harm"] for row in own], 3),
+            interval([row["harm"] for row in own], 3),
             interval([row["cost"] for row in own]),
             interval([row["kl"] for row in own], 1),
             f"{mean(row['seconds'] for row in own):.0f}",
@@ -295,18 +345,22 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = [
         "# The recipe on the embedded world",
         "",
-        "Written by `benchmarks/recipe.py report`; its docstring says what is run and what `best` "
-        "is. Brackets are 95% intervals over seeds (Student-t; Wilson for shares). A test "
+        "Written by `benchmarks/recipe.py report`; its docstring says what is run and what `known` "
+        "and `best` are; their shares are of the gain in true reward over the supervised policy. "
+        "Brackets are 95% intervals over seeds (Student-t; Wilson for shares). A test "
         "that the candidate check did not open counts as not passed.",
         "",
-        f"Supervised policy, true reward: {interval([row['sft'] for row in by_seed])}; best "
-        f"feasible: {interval([row['best'] for row in by_seed])}.",
+        f"Supervised policy, true reward: {interval([row['sft'] for row in by_seed])}; `known`: "
+        f"{interval([row['known'] for row in by_seed])}; `best`: "
+        f"{interval([row['best'] for row in by_seed])}.",
         "",
         *table(rows, ARMS),
     ]
     if any(row["arm"] in MULTIPLIERS for row in rows):
-        lines += ["", "The shipped PPO config with each multiplier:", ""]
-        lines += table(rows, MULTIPLIERS)
+        seeds = {row["seed"] for row in rows if row["arm"] in MULTIPLIERS}
+        lines += ["", f"The shipped PPO config with each multiplier, on {len(seeds)} seeds:", ""]
+        both = [row for row in rows if row["seed"] in seeds]
+        lines += table(both, {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS})
     lines += ["", f"Machine: {platform.platform(terse=True)}, one thread per run.", ""]
     return "\n".join(lines)
 

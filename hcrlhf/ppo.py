@@ -179,7 +179,8 @@ class PPO(ClippedPolicy):
         clip: ε of the probability ratio. value_clip: the same for the critics, in
             standard deviations of their stream's scores.
         gae_lambda: λ of generalised advantage estimation; the discount is 1.
-        value_coefficient: weight of the critics' loss.
+        value_coefficient: weight of the critics' loss. Shared critics write into the states that the
+            policy reads, so that more of it costs the policy: 0.5 wrecked the demo's.
         target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this.
 
     Raises:
@@ -192,7 +193,7 @@ class PPO(ClippedPolicy):
     clip: float = 0.2
     value_clip: float = 1.0
     gae_lambda: float = 0.95
-    value_coefficient: float = 0.1
+    value_coefficient: float = 0.02
     target_kl: float | None = 0.1
 
     def __post_init__(self) -> None:
