@@ -27,6 +27,7 @@ from hcrlhf.text import Tokens, one_line
 # The backbone without any adapter; also PEFT's own word for it in `adapter_names`.
 BASE = "__base__"
 HEAD_FILE = "head.safetensors"
+LOGITS = 2**24
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -340,37 +341,24 @@ class Backbone(nn.Module):
         return states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
 
     def log_probs(
-        self, hidden: Tensor, tokens: Tokens, temperature: float = 1.0, chunk: int = 4096
+        self, hidden: Tensor, tokens: Tokens, temperature: float = 1.0, chunk: int | None = None
     ) -> Tensor:
         """log π(y_t | x, y_<t) of the response tokens, (B, T) float32, zero outside the mask.
 
-        Only response tokens go through the output layer, `chunk` of them at a time, and no chunk's
-        logits outlive it: a frozen output layer gives its gradient in the forward pass, one that is
-        trained is run again in the backward pass.
+        Only response tokens go through the output layer, `chunk` of them at a time (None: what
+        `token_chunk` says), and no chunk's logits outlive it: a frozen output layer gives its
+        gradient in the forward pass, one that is trained is run again in the backward pass.
         """
+        chunk = chunk or token_chunk(self.output_layer.weight.shape[0])
         mask = tokens.response_mask
         states = self._before_response(hidden, tokens)[mask]
         targets = tokens.response_ids[mask]
         parts = [
-            self._token_log_probs(s, t, temperature)
+            token_log_probs(self.output_layer, s, t, temperature)
             for s, t in zip(states.split(chunk), targets.split(chunk), strict=True)
         ]
         result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
         return result.masked_scatter(mask, torch.cat(parts))
-
-    def _token_log_probs(self, states: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        if not torch.is_grad_enabled():
-            return _log_probs_of(self.output_layer(states), targets, temperature)
-        layer = self.output_layer
-        if type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad:
-            result: Tensor = FrozenOutput.apply(states, layer.weight, targets, temperature)
-            return result
-        return cast(
-            Tensor,
-            checkpoint(
-                lambda s: _log_probs_of(layer(s), targets, temperature), states, use_reentrant=False
-            ),
-        )
 
     def values(self, head: str, hidden: Tensor, tokens: Tokens) -> Tensor:
         """V of the state before each response token: (B, T) float32, zero outside the mask."""
@@ -518,6 +506,31 @@ class Backbone(nn.Module):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+
+
+def token_chunk(vocabulary: int) -> int:
+    """How many tokens go through the output layer together: LOGITS logits, 64 MiB in float32."""
+    return max(1, LOGITS // vocabulary)
+
+
+def token_log_probs(
+    layer: nn.Module, states: Tensor, targets: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """Log-probabilities (N,) of the targets (N,) by an output layer on hidden states (N, H)."""
+    if not torch.is_grad_enabled():
+        return _log_probs_of(layer(states), targets, temperature)
+    if type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad:
+        result: Tensor = FrozenOutput.apply(states, layer.weight, targets, temperature)
+        return result
+    return cast(
+        Tensor,
+        checkpoint(
+            lambda s: _log_probs_of(layer(s), targets, temperature),
+            states,
+            use_reentrant=False,
+            preserve_rng_state=False,  # it draws nothing
+        ),
+    )
 
 
 def _log_probs_of(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:

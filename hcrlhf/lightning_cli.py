@@ -29,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException, SI
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 
 # What YAML may name without a second thought: importing registers the classes.
-from callbacks import Checkpoint, Completions, Progress, SafetyTest
+from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
 from hcrlhf import resume
 from hcrlhf.certificate import VERDICT_FILE, verdict_record
@@ -66,7 +66,7 @@ KNOWN_CLASSES = [
     for cls in (
         *(Supervised, Preference, PreferenceClassifier, Policy),
         *(Demonstrations, Preferences, Prompts),
-        *(SafetyTest, Checkpoint, Completions, Progress),
+        *(SafetyTest, BestCandidate, Checkpoint, Completions, Progress),
     )
 ]
 

@@ -1,0 +1,139 @@
+"""What a stage is said to take, against the tensors that it makes."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
+from hcrlhf.footprint import LiveBytes, Sizes, footprint
+from hcrlhf.rollouts import Decoding, sample
+from hcrlhf.stages import BackboneSource
+from hcrlhf.text import Encoded, Tokens, collate
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PROMPT, RESPONSE, ROWS, ROLLOUT_ROWS = 24, 40, 4, 8
+LORA = LoraOptions(4, 8)
+TOLERANCE = 0.1
+
+
+def test_live_bytes_follow_storages_and_not_views() -> None:
+    with LiveBytes() as live:
+        x = torch.zeros(100)
+        view = x[:10]
+        assert (live.now, live.peak) == (400, 400)
+        y = x + 1
+        assert live.now == 800
+        del x
+        assert live.now == 800  # the view keeps the storage
+        del view
+        assert live.now == 400
+        assert live.peak == 800
+        assert live.restart() == live.peak == 400
+        del y
+    assert live.now == 0
+
+
+def model_of(tmp_path: Path, make_llama: Any, **changes: Any) -> Any:
+    sizes = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "vocab_size": 1500,
+    }
+    make_llama(**{**sizes, **changes}).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def backbone(folder: Path, source: dict[str, Any], checkpointing: bool, frozen: int) -> Backbone:
+    model = load_causal_lm(BackboneSource(str(folder), **source))
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    result = Backbone(model, quantized=source.get("quantization") == "nf4")
+    result.add_role("policy", LORA, trainable=True)
+    for i in range(frozen):
+        result.add_role(f"frozen{i}", LORA, trainable=False)
+    result.add_head("value", trainable=True)
+    return result
+
+
+def tokens(rows: int, response: int = RESPONSE) -> Tokens:
+    return collate([Encoded([7] * PROMPT, [8] * response) for _ in range(rows)], pad_id=0)
+
+
+@contextmanager
+def counted(found: dict[str, int], name: str) -> Iterator[None]:
+    with LiveBytes() as live:
+        yield
+    found[name] = live.peak
+
+
+def measured(own: Backbone, mixed: bool) -> dict[str, int]:
+    """Peaks beside the weights, of the same passes as a policy makes."""
+    found: dict[str, int] = {}
+    roles = list(own.roles)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    with counted(found, "rollout"), autocast, own.merged("policy"):
+        never = [10**6]
+        sample(own, tokens(ROLLOUT_ROWS, 0), [0] * ROLLOUT_ROWS, Decoding(), RESPONSE, never, 0)
+    with counted(found, "score"), autocast, own.inference():
+        readers = {role: (lambda h, t: h[:, -1]) for role in roles}
+        readers["policy"] = lambda h, t: own.log_probs(h, t)
+        own.read([tokens(ROWS)], readers)
+    own.train()
+    own.restore_trainable()
+    with counted(found, "update"):
+        for _ in range(2):
+            with own.role("policy"):
+                with autocast:
+                    hidden = own.hidden(tokens(ROWS))
+                    loss = own.log_probs(hidden, tokens(ROWS)).sum()
+                    loss = loss + own.values("value", hidden, tokens(ROWS)).sum()
+                del hidden
+                loss.backward()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("source", "mixed"),
+    [
+        ({}, False),
+        ({"dtype": "bfloat16"}, True),
+        ({"quantization": "nf4"}, False),
+        ({"quantization": "nf4", "dtype": "bfloat16"}, True),
+    ],
+)
+def test_what_is_foretold_is_what_is_taken(
+    tmp_path: Path, make_llama: Any, source: dict[str, Any], mixed: bool, checkpointing: bool
+) -> None:
+    folder = model_of(tmp_path, make_llama)
+    own = backbone(folder, source, checkpointing, frozen=2)
+    storages = {t.untyped_storage() for t in own.state_dict().values()}
+    weights = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    found = measured(own, mixed)
+    sizes = Sizes(
+        "policy",
+        source.get("quantization", "none"),
+        source.get("dtype", "float32"),
+        mixed,
+        LORA,
+        PROMPT,
+        RESPONSE,
+        ROWS,
+        rollout_rows=ROLLOUT_ROWS,
+        frozen=2,
+        shared_heads=1,
+        merged=not source,
+        checkpointing=checkpointing,
+    )
+    told = footprint(AutoConfig.from_pretrained(folder), sizes, compute=torch.float32)
+    assert told.trained == sum(p.numel() for _, p in own.trained_parameters())
+    assert told.parts["backbone"] + told.parts["adapters"] == pytest.approx(weights, rel=0.03)
+    for phase, peak in found.items():
+        assert told.working[phase] + weights == pytest.approx(peak + weights, rel=TOLERANCE), phase
