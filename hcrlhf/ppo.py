@@ -179,8 +179,8 @@ class PPO(ClippedPolicy):
         clip: ε of the probability ratio. value_clip: the same for the critics, in
             standard deviations of their stream's scores.
         gae_lambda: λ of generalised advantage estimation; the discount is 1.
-        value_coefficient: weight of the critics' loss. Shared critics write into the states that the
-            policy reads, so that more of it costs the policy: 0.5 wrecked the demo's.
+        value_coefficient: weight of the critics' loss. Shared critics write into the states that
+            the policy reads, and too much of it costs the policy: 0.5 wrecked the demo's.
         target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this.
 
     Raises:

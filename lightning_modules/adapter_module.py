@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
+from hcrlhf import optimizers
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.errors import InputError
 from hcrlhf.resume import rng_state, set_rng_state
@@ -44,6 +45,7 @@ class StageModule(LightningModule):
         schedule: of the learning rate after the warm-up; "linear" and "cosine" end at zero.
         warmup: share of all optimizer steps during which the learning rate rises to its value.
         gradient_checkpointing: recompute activations in the backward pass; less memory, slower.
+        optimizer: "adamw", or with 8-bit states "adamw_8bit" or "paged_adamw_8bit".
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class StageModule(LightningModule):
         schedule: Schedule,
         warmup: float,
         gradient_checkpointing: bool,
+        optimizer: optimizers.Name,
     ) -> None:
         super().__init__()
         if not learning_rate > 0:
@@ -64,6 +67,7 @@ class StageModule(LightningModule):
         self.schedule = schedule
         self.warmup = warmup
         self.gradient_checkpointing = gradient_checkpointing
+        self.optimizer = optimizer
         self._rates: list[float] = []  # of each parameter group, as the config says
         self._rng: dict[str, Any] | None = None  # of the checkpoint that the fit goes on from
 
@@ -108,11 +112,10 @@ class StageModule(LightningModule):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def configure_optimizers(self) -> Any:
-        return self.scheduled(
-            torch.optim.AdamW(
-                list(self.trained()), lr=self.learning_rate, weight_decay=self.weight_decay
-            )
-        )
+        return self.scheduled(self.made_optimizer(list(self.trained())))
+
+    def made_optimizer(self, parameters: Any) -> torch.optim.Optimizer:
+        return optimizers.adamw(self.optimizer, parameters, self.learning_rate, self.weight_decay)
 
     def scheduled(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """The optimizer with its learning-rate schedule, as Lightning takes them."""

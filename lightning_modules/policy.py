@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 import hcrlhf
-from hcrlhf import processes
+from hcrlhf import optimizers, processes
 from hcrlhf.backbone import BASE, LoraOptions, load_head
 from hcrlhf.constraint import (
     Constraint,
@@ -53,13 +54,22 @@ from hcrlhf.stages import (
     require_same_base,
     write_stage,
 )
-from hcrlhf.text import Encoded, TextEncoder, Tokens, collate, join, load_tokenizer
+from hcrlhf.text import (
+    Encoded,
+    TextEncoder,
+    Tokens,
+    collate,
+    join,
+    load_tokenizer,
+    one_line,
+)
 from hcrlhf.truncation import TruncationWatch
 from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role, check_size
 
 ACTOR = "policy"
 REFERENCE = "sft"
 SKIP_PATIENCE = 10  # gradients in a row that are not finite before the run stops
+Result = TypeVar("Result")
 LEARNING_RATES = {"actor": "learning_rate", "critics": "critic_learning_rate"}  # as logged
 CAP_PATIENCE = 50  # updates with λ at its cap before it is said
 FORECAST_EVERY = 10  # updates between two forecasts of the bounds: on a tiny model they cost much
@@ -125,7 +135,8 @@ class Policy(AdapterModule):
             together; None takes all at once.
         rollout_batch_size: sequences that are generated together; None takes all at once.
         seed: of every response and every shuffle of this run.
-        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
+        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
+            `AdapterModule`.
     """
 
     def __init__(
@@ -153,8 +164,11 @@ class Policy(AdapterModule):
         schedule: Schedule = "constant",
         warmup: float = 0.0,
         gradient_checkpointing: bool = False,
+        optimizer: optimizers.Name = "adamw",
     ) -> None:
-        super().__init__(learning_rate, weight_decay, schedule, warmup, gradient_checkpointing)
+        super().__init__(
+            learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer
+        )
         for name, value in (
             ("kl_coefficient", kl_coefficient),
             ("max_grad_norm", max_grad_norm),
@@ -381,7 +395,7 @@ class Policy(AdapterModule):
         ]
         if critics:
             groups.append({"name": "critics", "params": critics, "lr": self.critic_learning_rate})
-        return self.scheduled(torch.optim.AdamW(groups, weight_decay=self.weight_decay))
+        return self.scheduled(self.made_optimizer(groups))
 
     # -- data ----------------------------------------------------------------------------------
 
@@ -399,6 +413,41 @@ class Policy(AdapterModule):
 
     def respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
         """One response per prompt from the policy."""
+        return self._with_room(
+            "rollout_batch_size", len(batch.keys), lambda: self._respond(batch, seeds)
+        )
+
+    def _with_room(self, setting: str, largest: int, attempt: Callable[[], Result]) -> Result:
+        """What `attempt` returns; where memory runs out, at half as many sequences per pass.
+
+        Args:
+            setting: name of the attribute that says how many; it stays at what was found to fit.
+            largest: how many a pass has where the setting is None.
+
+        Raises:
+            InputError: even one sequence is too much.
+        """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                before = min(getattr(self, setting) or largest, largest)
+                if before <= 1:
+                    raise InputError(
+                        f"out of memory with one sequence per pass ({one_line(error)}); shorten "
+                        "chat.max_response_tokens, set gradient_checkpointing: true, or take a "
+                        "smaller model (hcrlhf doctor says what fits)"
+                    ) from None
+            # Outside of the handler: what the failed pass had made lives until its end.
+            setattr(self, setting, before // 2)
+            warnings.warn(
+                f"out of memory in update {self.updates}: {setting} {before} is now {before // 2}",
+                stacklevel=2,
+            )
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
         groups = batch.tokens.by_length(self.rollout_batch_size)
         with self.backbone.merged(ACTOR):
             parts = [
@@ -417,6 +466,9 @@ class Policy(AdapterModule):
 
     def score(self, tokens: Tokens, keys: tuple[str, ...]) -> Rollout:
         """Everything that the frozen and the sampling models say of responses."""
+        return self._with_room("micro_batch_size", len(tokens), lambda: self._score(tokens, keys))
+
+    def _score(self, tokens: Tokens, keys: tuple[str, ...]) -> Rollout:
         groups = tokens.by_length(self.micro_batch_size)
         readers: dict[str, Callable[[Tensor, Tokens], Tensor]] = {
             ACTOR: self._read_actor,
@@ -642,7 +694,6 @@ class Policy(AdapterModule):
             order = torch.randperm(len(rollout.keys), generator=generator)
             epoch_kl = 0.0
             for rows in order.chunk(self.learner.minibatches):
-                optimizer.zero_grad()
                 statistics = self._minibatch(rollout, targets, rows)
                 self.backbone.restore_trainable()
                 trained = list(self.trained())
@@ -650,6 +701,7 @@ class Policy(AdapterModule):
                 norm = clip_grad_norm_(trained, self.max_grad_norm)
                 if self._usable(norm):
                     optimizer.step()
+                optimizer.zero_grad()  # at once: the next rollout has no use for gradients
                 statistics["skipped"] = float(not norm.isfinite())
                 statistics["grad_norm"] = float(norm) if norm.isfinite() else 0.0
                 epoch_kl += statistics["update_kl"] / self.learner.minibatches
@@ -686,7 +738,6 @@ class Policy(AdapterModule):
         With several processes each takes its share of the rows; the gradients are theirs, to be
         summed, and the means are of all.
         """
-        learner, separate = self.learner, self.learner.critic == "separate"
         count = rollout.tokens.response_mask[rows].sum()
         mine = rows[processes.share(len(rows))]
         if len(mine) == 0:
@@ -695,6 +746,15 @@ class Policy(AdapterModule):
                 f"{processes.rank_and_size()[1]} processes; raise data.init_args.prompts_per_update"
             )
         rollout, targets = rollout.rows(mine), targets.rows(mine)
+        statistics = self._with_room(
+            "micro_batch_size", len(mine), lambda: self._accumulate(rollout, targets, count)
+        )
+        return processes.summed(statistics)
+
+    def _accumulate(self, rollout: Rollout, targets: Targets, count: Tensor) -> dict[str, float]:
+        """Gradients of these responses, from none, and their shares of the statistics."""
+        learner, separate = self.learner, self.learner.critic == "separate"
+        self.zero_grad()  # of an attempt that ran out of memory
         statistics = dict.fromkeys(("policy_loss", "value_loss", "update_kl", "clip_share"), 0.0)
         for group in rollout.tokens.by_length(self.micro_batch_size):
             part, aim = rollout.rows(group), targets.rows(group)
@@ -724,7 +784,7 @@ class Policy(AdapterModule):
             statistics["value_loss"] += float(value_loss.detach())
             statistics["update_kl"] += float(shift.kl / count)
             statistics["clip_share"] += float(shift.clipped / count)
-        return processes.summed(statistics)
+        return statistics
 
     def _value_loss(self, part: Rollout, aim: Targets, states: list[Tensor]) -> Tensor:
         losses = [

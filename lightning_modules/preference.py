@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from hcrlhf import optimizers
 from hcrlhf.backbone import LoraOptions, load_head
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Pair
@@ -28,7 +29,8 @@ class Preference(PairModule, AdapterModule):
         group_size: sequences that share a forward pass, those of similar length together, so that
             less of it is padding; None takes a whole batch.
         quantization, dtype: of the backbone; None takes those of the supervised stage.
-        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
+        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
+            `AdapterModule`.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Preference(PairModule, AdapterModule):
         schedule: Schedule = "linear",
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        optimizer: optimizers.Name = "adamw",
     ) -> None:
         super().__init__(
             role,
@@ -58,6 +61,7 @@ class Preference(PairModule, AdapterModule):
             schedule=schedule,
             warmup=warmup,
             gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
         )
         self.sft = sft
         self.lora = lora

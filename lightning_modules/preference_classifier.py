@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
+from hcrlhf import optimizers
 from hcrlhf.classifier import Classifier, Text, TextBatch, load_classifier
 from hcrlhf.examples import Pair
 from hcrlhf.stages import (
@@ -34,7 +35,8 @@ class PreferenceClassifier(PairModule):
             decoder a plain "Human: … Assistant:" form, which is saved with it.
         train_layers: how many of the last layers are trained; None trains everything.
         sign_weight, penalty, squash: `PairModule`.
-        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `StageModule`.
+        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
+            `StageModule`.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class PreferenceClassifier(PairModule):
         schedule: Schedule = "linear",
         warmup: float = 0.1,
         gradient_checkpointing: bool = False,
+        optimizer: optimizers.Name = "adamw",
     ) -> None:
         super().__init__(
             role,
@@ -63,6 +66,7 @@ class PreferenceClassifier(PairModule):
             schedule=schedule,
             warmup=warmup,
             gradient_checkpointing=gradient_checkpointing,
+            optimizer=optimizer,
         )
         self.source = model
         self.max_tokens = max_tokens

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from hcrlhf import optimizers
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, Prompt
@@ -27,7 +28,8 @@ class Supervised(AdapterModule):
             less of it is padding; None takes a whole batch.
         quantization: of the base model, "nf4" for 4-bit (needs `lora`).
         dtype: of the weights that are not quantised.
-        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing: `AdapterModule`.
+        learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
+            `AdapterModule`.
     """
 
     def __init__(
@@ -43,8 +45,11 @@ class Supervised(AdapterModule):
         schedule: Schedule = "linear",
         warmup: float = 0.05,
         gradient_checkpointing: bool = False,
+        optimizer: optimizers.Name = "adamw",
     ) -> None:
-        super().__init__(learning_rate, weight_decay, schedule, warmup, gradient_checkpointing)
+        super().__init__(
+            learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer
+        )
         if lora is None and (quantization != "none" or dtype != "float32"):
             raise InputError(
                 f"quantization {quantization}, dtype {dtype}: the whole model is trained in "

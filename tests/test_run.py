@@ -674,6 +674,87 @@ def test_micro_batches_change_nothing_but_rounding(demo: Path, tmp_path: Path) -
     assert np.allclose(figures[0][3], figures[1][3], rtol=1e-5)
 
 
+def out_of_memory_above(rows: int, method: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Passes of more rows than that end as on a small card; notes all that are tried."""
+    from hcrlhf.backbone import Backbone
+
+    tried: list[int] = []
+    original = getattr(Backbone, method)
+
+    def limited(self: Any, *arguments: Any, **options: Any) -> Any:
+        states = original(self, *arguments, **options)
+        if torch.is_grad_enabled():
+            tried.append(len(states))
+            if len(states) > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return states
+
+    monkeypatch.setattr(Backbone, method, limited)
+    return tried
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved_and_the_gradient_is_the_same(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, halved = tmp_path / "whole" / "run", tmp_path / "halved" / "run"
+    fit(demo, whole, *ALWAYS)
+    tried = out_of_memory_above(1, "hidden", monkeypatch)
+    with pytest.warns(UserWarning, match="out of memory in update 0: micro_batch_size 2 is now 1"):
+        assert fit(demo, halved, *ALWAYS) == PASSED
+    assert tried[:3] == [4, 2, 1]  # a minibatch of four, and then what fits
+    assert set(tried[3:]) == {1}
+    for name in ("cost", "grad_norm", "policy_loss"):
+        assert column(halved, name)[0] == pytest.approx(column(whole, name)[0], rel=1e-5)
+
+
+def test_one_sequence_that_does_not_fit_ends_the_run_in_one_line(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out_of_memory_above(0, "hidden", monkeypatch)
+    root = tmp_path / "run"
+    assert fit(demo, root, *ALWAYS) == 2
+    assert "out of memory with one sequence per pass" in capsys.readouterr().err
+    assert read(root / "verdict.json")["verdict"] == "NOT_TESTED"
+
+
+def test_rollouts_that_do_not_fit_are_drawn_in_parts_and_are_the_same(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import policy
+
+    original, tried = policy.sample, []
+
+    def limited(backbone: Any, prompts: Any, *arguments: Any) -> Any:
+        tried.append(len(prompts))
+        if len(prompts) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(backbone, prompts, *arguments)
+
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    fit(demo, whole, *ALWAYS)
+    monkeypatch.setattr(policy, "sample", limited)
+    fit(demo, parts, *ALWAYS)
+    assert tried[:6] == [8, 4, 2, 2, 2, 2]
+    assert column(parts, "response_tokens") == column(whole, "response_tokens")
+    assert np.allclose(column(parts, "cost"), column(whole, "cost"), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_8_bit_optimizer_states_train_and_resume(demo: Path, tmp_path: Path, name: str) -> None:
+    root = tmp_path / "run"
+    more = ["--model.init_args.optimizer", name, "--model.init_args.lora", "{r: 64, alpha: 64}"]
+    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
+    more += [f"--trainer.callbacks={json.dumps([every])}"]
+    assert fit(demo, root, *ALWAYS, *more) == 4  # no safety test
+    checkpoint = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    leaves = torch.utils._pytree.tree_leaves(checkpoint["optimizer_states"])
+    kinds = {leaf.dtype for leaf in leaves if torch.is_tensor(leaf)}
+    assert torch.uint8 in kinds
+    longer = ["--data.init_args.updates", "4", "--ckpt_path", "last"]
+    assert fit(demo, root, *ALWAYS, *more, *longer) == 4
+    assert column(root, "updates") == [4.0]
+
+
 def column(root: Path, name: str) -> list[float]:
     """What metrics.csv says of one figure, update by update."""
     with (root / "metrics.csv").open(newline="") as file:
