@@ -79,7 +79,7 @@ def load_causal_lm(source: BackboneSource, device: torch.device | None = None) -
         )
         options["device_map"] = {"": device or torch.device("cpu")}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.model, **options)
+        model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except ImportError as error:
         raise InputError(
             f"quantization nf4 needs bitsandbytes ({one_line(error)}); pip install bitsandbytes, "

@@ -23,8 +23,10 @@ USAGE = """usage: hcrlhf COMMAND ...
 
   fit       train a stage: hcrlhf fit --config configs/demo/sft.yaml
   validate  measure a stage on its held-out data
-  test      run the safety test of a policy: --config ... --ckpt_path ...
+  test      run the safety test of a policy: --config ... --ckpt_path ..., or --policy FOLDER
   predict   write a policy's responses to the evaluation prompts
+
+  doctor    foretell the memory of a stage and check its config, before weights are loaded
 
   certify   bound a table of costs: hcrlhf certify costs.csv --constraint mean:0 --upper 5 ...
   verify    recompute a certificate: hcrlhf verify runs/x/certificate.json
@@ -32,6 +34,8 @@ USAGE = """usage: hcrlhf COMMAND ...
   ledger    the tests of a claim and what is left of its δ: hcrlhf ledger runs/ledger.jsonl
   unseal    show the numbers behind "no solution found": hcrlhf unseal runs/x
   human     people's labels of a passed test: hcrlhf human runs/x labels.csv
+
+  export    merge a released adapter into its base model: hcrlhf export runs/x/policy FOLDER
 
   demo      the whole path on the embedded world, in a few minutes on a CPU
   world     write the embedded world's model and data: hcrlhf world FOLDER
@@ -66,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     command, rest = arguments[0], arguments[1:]
     if command in TRAINER_COMMANDS:
-        return run_trainer(arguments)
+        return run_trainer(_with_policy(arguments) if command in ("test", "predict") else arguments)
     if command == "demo":
         from hcrlhf import demo
 
@@ -74,10 +78,33 @@ def _run(arguments: list[str]) -> int:
         return demo.main(rest, run_trainer)
     if command == "world":
         return _world(rest)
+    if command == "export":
+        return _export(rest)
+    if command == "doctor":
+        return _doctor(rest)
     if command in PLAIN_COMMANDS:
         return _plain(command)(rest)
-    known = [*TRAINER_COMMANDS, *PLAIN_COMMANDS, "demo", "world"]
+    known = [*TRAINER_COMMANDS, *PLAIN_COMMANDS, "demo", "world", "doctor", "export"]
     raise InputError(f"no command {command!r}{did_you_mean(command, known)}; see hcrlhf --help")
+
+
+def _with_policy(arguments: Sequence[str]) -> list[str]:
+    """`--policy FOLDER` as the module's own key, and last: the config has to name the class first.
+
+    Raises:
+        InputError: no folder follows.
+    """
+    rest, given = [], []
+    words = iter(arguments)
+    for word in words:
+        if word == "--policy" or word.startswith("--policy="):
+            folder = word.partition("=")[2] or next(words, "")
+            if not Path(folder).is_dir():
+                raise InputError(f"--policy {folder}: expected the folder of a policy")
+            given = ["--model.init_args.policy", folder]
+        else:
+            rest.append(word)
+    return [*rest, *given]
 
 
 def _plain(command: str) -> Callable[[Sequence[str]], int]:
@@ -91,6 +118,27 @@ def _plain(command: str) -> Callable[[Sequence[str]], int]:
         "ledger": commands.ledger_main,
         "human": commands.human_main,
     }[command]
+
+
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        "hcrlhf export", description="Merge a released adapter into its base model."
+    )
+    parser.add_argument("policy", type=Path, help="folder of a released policy, runs/x/policy")
+    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    options = parser.parse_args(arguments)
+    from hcrlhf.export import merge
+
+    _no_weight_bars()
+    print(merge(options.policy, options.folder, options.dtype))
+    return PASSED
+
+
+def _doctor(arguments: list[str]) -> int:
+    from hcrlhf import doctor, lightning_cli
+
+    return doctor.main(arguments, lightning_cli.parse)
 
 
 def _world(arguments: list[str]) -> int:

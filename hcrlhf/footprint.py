@@ -92,6 +92,7 @@ class Sizes:
         prompt, response: tokens of the longest sequence.
         rows: sequences that share a forward and backward pass.
         batch: sequences whose activations live until one backward pass (no policy: all of a batch).
+        score_rows: sequences that are scored together.
         rollout_rows: sequences that are generated together.
         merged: adapters are added into copies of the weights for reading (float32 on a CPU).
         checkpointing: gradient checkpointing.
@@ -107,6 +108,7 @@ class Sizes:
     response: int
     rows: int
     batch: int = 1
+    score_rows: int = 0
     rollout_rows: int = 0
     frozen: int = 0
     shared_heads: int = 0
@@ -390,7 +392,7 @@ def _score(model: _Model) -> None:
     """All roles of a group of responses in one pass: policy, reference, reward and cost."""
     sizes = model.sizes
     with model.reading(1 + sizes.critics + sizes.frozen) as together:
-        hidden = model.hidden(together * sizes.rows, sizes.width).chunk(together)
+        hidden = model.hidden(together * sizes.score_rows, sizes.width).chunk(together)
         model.log_probs(hidden[0], sizes.prompt)
 
 

@@ -303,8 +303,8 @@ def run(arguments: Sequence[str]) -> int:
     return PASSED
 
 
-def _cli(arguments: Sequence[str]) -> CLI:
-    return CLI(
+def _cli(arguments: Sequence[str], cls: type[CLI] = CLI) -> CLI:
+    return cls(
         save_config_callback=SaveConfig,
         parser_class=Parser,
         # The modules make their own optimizers.
@@ -315,6 +315,30 @@ def _cli(arguments: Sequence[str]) -> CLI:
         seed_everything_default=0,
         args=list(arguments),
     )
+
+
+class _Parsed(Exception):
+    """Carries a config out of a command line that would go on to build what it names."""
+
+
+class _ParseOnly(CLI):
+    def before_instantiate_classes(self) -> None:
+        raise _Parsed(self.parser.dump(self.config, format="json", skip_none=False))
+
+
+def parse(arguments: Sequence[str]) -> dict[str, Any]:
+    """The config of `hcrlhf fit` with these arguments, every default filled in, as plain data.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    _quiet()
+    try:
+        _cli(["fit", *arguments], _ParseOnly)
+    except _Parsed as parsed:
+        config: dict[str, Any] = json.loads(str(parsed))["fit"]
+        return config
+    raise RuntimeError("a config was built where it should only have been read")
 
 
 def _verdict_code(trainer: Trainer) -> int:

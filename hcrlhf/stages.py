@@ -12,7 +12,8 @@ import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +25,8 @@ FORMAT = 1
 FILE = "hcrlhf.json"
 PROMPTS_FILE = "training_prompts.txt"
 CLASSIFIER = "sequence_classifier"
+# Of a hub snapshot: weights once, in the format that runs no code, and what a tokenizer needs.
+SNAPSHOT = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
 
 Role = Literal["sft", "reward", "cost", "policy"]
 
@@ -35,6 +38,7 @@ class BackboneSource:
     Args:
         model: Hugging Face folder or hub id. In `hcrlhf.json` a local folder is stored relative
             to the stage folder.
+        revision: commit, tag or branch of a hub id; None is its main branch.
         quantization: "none" or "nf4" (bitsandbytes 4-bit NormalFloat, double quantisation).
         dtype: of the weights that are not quantised.
     """
@@ -42,6 +46,12 @@ class BackboneSource:
     model: str
     quantization: Literal["none", "nf4"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"
+    revision: str | None = None
+
+    @property
+    def folder(self) -> str:
+        """Where the weights lie, downloaded if need be (`local_model`)."""
+        return local_model(self.model, self.revision)
 
 
 @dataclass(frozen=True)
@@ -153,9 +163,7 @@ def read_stage(folder: str, expected: Role, slot: str) -> Stage:
         backbone = BackboneSource(**record["backbone"])
         stage = Stage(
             role=record["role"],
-            backbone=BackboneSource(
-                _resolve(folder, backbone.model), backbone.quantization, backbone.dtype
-            ),
+            backbone=replace(backbone, model=_resolve(folder, backbone.model)),
             fingerprint=record["fingerprint"],
             adapter=record["adapter"],
             chat=ChatFormat(**record["chat"]),
@@ -263,23 +271,51 @@ def require_same_base(stages: Mapping[str, Stage]) -> Stage:
     return first
 
 
-def fingerprint(model: str) -> str:
-    """SHA-256 over the config and weight files of a model folder, or of a cached hub snapshot.
+def local_model(model: str, revision: str | None = None) -> str:
+    """The folder itself, or that of a hub id's snapshot: the cache's, else downloaded now.
+
+    Raises:
+        InputError: neither a folder nor a model that can be had.
+    """
+    if Path(model).is_dir():
+        return model
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise InputError(f"the model folder {model!r} does not exist")
+    from huggingface_hub import errors, snapshot_download
+
+    download = partial(snapshot_download, model, revision=revision, allow_patterns=SNAPSHOT)
+    try:
+        return str(download(local_files_only=True))
+    except Exception:  # not in the cache, or not all of it
+        pass
+    try:
+        return str(download())
+    except errors.GatedRepoError as error:
+        raise InputError(
+            f"the hub asks who you are before it gives {model}: accept the model's licence on "
+            f"https://huggingface.co/{model}, then `hf auth login`, or give a local folder"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"the hub has no revision {revision!r} of {model}") from error
+    except errors.RepositoryNotFoundError as error:
+        raise InputError(
+            f"the hub has no model {model!r} that you may read; check the id, or `hf auth login`"
+        ) from error
+    except Exception as error:
+        raise InputError(
+            f"the model {model!r} is neither a folder nor in the Hugging Face cache, and the hub "
+            f"could not be reached ({type(error).__name__}); give the folder of a model, or "
+            "download it where there is a network"
+        ) from error
+
+
+def fingerprint(model: str, revision: str | None = None) -> str:
+    """SHA-256 over the config and weight files of a model folder, or of a hub snapshot.
 
     Raises:
         InputError: no such folder, or no weights in it.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(model, local_files_only=True))
-        except Exception as error:
-            raise InputError(
-                f"the model {model!r} is neither a folder nor in the Hugging Face cache; give the "
-                "folder of a model, or download it first"
-            ) from error
+    folder = Path(local_model(model, revision))
     files = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     if not files or not (folder / "config.json").is_file():
         raise InputError(

@@ -43,14 +43,18 @@ class ChatFormat:
         system_prompt: put before every dialogue; None for none.
         chat_template: Jinja template; None takes the tokenizer's own, or a plain
             "Human: ... Assistant:" form where it has none.
+        stop_tokens: tokens beside EOS with which a response ends, as chat models have them
+            ("<|eot_id|>"); training data end with EOS.
     """
 
     max_prompt_tokens: int = 256
     max_response_tokens: int = 256
     system_prompt: str | None = None
     chat_template: str | None = None
+    stop_tokens: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))  # a list, where read
         for name in ("max_prompt_tokens", "max_response_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is a number of tokens >= 1, got {getattr(self, name)}")
@@ -171,7 +175,7 @@ class TextEncoder:
     """A tokenizer and a `ChatFormat`: the only place where text and ids meet.
 
     Raises:
-        InputError: the tokenizer has no EOS token, or its template cannot be rendered.
+        InputError: the tokenizer has no EOS token, or does not know a stop token.
     """
 
     def __init__(self, tokenizer: Any, chat: ChatFormat) -> None:
@@ -191,6 +195,16 @@ class TextEncoder:
         self.template = chat.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
+        self.stop_ids = [self.eos_id, *map(self._stop_id, chat.stop_tokens)]
+
+    def _stop_id(self, token: str) -> int:
+        found: Any = self.tokenizer.get_vocab().get(token)
+        if found is None:
+            raise InputError(
+                f"chat.stop_tokens: {token!r} is no single token of the tokenizer "
+                f"{self.tokenizer.name_or_path!r}; name tokens of its vocabulary"
+            )
+        return int(found)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the dialogue up to where the assistant's next response begins."""
@@ -240,7 +254,7 @@ class TextEncoder:
         return ids
 
 
-def load_tokenizer(folder: str) -> Any:
+def load_tokenizer(folder: str, revision: str | None = None) -> Any:
     """The tokenizer of a Hugging Face folder or hub id.
 
     Raises:
@@ -249,7 +263,7 @@ def load_tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, revision=revision)
     except Exception as error:  # OSError, ValueError, KeyError, depending on what is missing
         raise InputError(
             f"no tokenizer could be read from {folder!r} ({one_line(error)}); expected a Hugging "

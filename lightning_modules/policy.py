@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +23,14 @@ from torch.nn.utils import clip_grad_norm_
 
 import hcrlhf
 from hcrlhf import optimizers, processes
-from hcrlhf.backbone import BASE, LoraOptions, load_head
+from hcrlhf.backbone import (
+    ADAPTER_FILE,
+    BASE,
+    Backbone,
+    LoraOptions,
+    load_causal_lm,
+    load_head,
+)
 from hcrlhf.constraint import (
     Constraint,
     RunningVariance,
@@ -44,7 +52,9 @@ from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
 from hcrlhf.scorers import Scorer, Slot, measured_moments
+from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import (
+    BackboneSource,
     Role,
     ScoreMoments,
     Stage,
@@ -135,6 +145,8 @@ class Policy(AdapterModule):
             together; None takes all at once.
         rollout_batch_size: sequences that are generated together; None takes all at once.
         seed: of every response and every shuffle of this run.
+        policy: a finished policy that is tested in place of one that is trained here (`hcrlhf test
+            --policy FOLDER`): an adapter for the same backbone, or a whole model.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
             `AdapterModule`.
     """
@@ -159,6 +171,7 @@ class Policy(AdapterModule):
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
         seed: int = 0,
+        policy: str | None = None,
         learning_rate: float = 1e-4,
         weight_decay: float = 0.0,
         schedule: Schedule = "constant",
@@ -207,6 +220,8 @@ class Policy(AdapterModule):
         self.micro_batch_size = check_size(micro_batch_size, "micro_batch_size")
         self.rollout_batch_size = check_size(rollout_batch_size, "rollout_batch_size")
         self.seed = seed
+        self.given = policy
+        self._other: Backbone | None = None  # a given policy that is a whole model
         self.updates = 0
         self.candidate: int | None = None  # the update whose policy is tested; None: the last one
         self.multiplier_states = [multiplier.start() for _ in self.constraints]
@@ -247,6 +262,11 @@ class Policy(AdapterModule):
             raise InputError(
                 f"max_epochs {self.trainer.max_epochs} of a policy: one epoch is the whole run, "
                 "whose length is data.init_args.updates; set trainer.max_epochs: 1"
+            )
+        if self.given is not None and stage not in ("test", "predict"):
+            raise InputError(
+                f"policy: {self.given} is a finished policy, to be tested and not trained; remove "
+                "it, or use hcrlhf test"
             )
         self._read_stages()
         self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
@@ -291,7 +311,7 @@ class Policy(AdapterModule):
         require_same_base(comparable)
         self.stages = stages
         self.source = comparable["sft"].backbone
-        if fingerprint(self.source.model) != sft.fingerprint:
+        if fingerprint(self.source.folder) != sft.fingerprint:
             raise InputError(
                 f"sft: the weights in {self.source.model} are not those that {folders['sft']} was "
                 "trained on; run the stages again"
@@ -360,7 +380,8 @@ class Policy(AdapterModule):
             return
         folders, sft_adapter = self.folders, self.stages["sft"].adapter
         backbone = self.build_backbone(self.source)
-        add_trained_role(backbone, ACTOR, folders["sft"] if sft_adapter else None, self.lora)
+        if self.given is None or not self._load_given(backbone, Path(self.given)):
+            add_trained_role(backbone, ACTOR, folders["sft"] if sft_adapter else None, self.lora)
         self.reference = REFERENCE if sft_adapter else BASE
         if sft_adapter:
             backbone.load_role(REFERENCE, folders["sft"], trainable=False)
@@ -376,6 +397,35 @@ class Policy(AdapterModule):
                     critic, source if source in self._inner_roles else ACTOR, trainable=True
                 )
         self.backbone = backbone
+
+    def _load_given(self, backbone: Backbone, folder: Path) -> bool:
+        """Loads the given policy; whether it took the place of the one that would be trained.
+
+        Raises:
+            InputError: it is neither adapter nor model, or of another backbone or tokenizer.
+        """
+        if (folder / STAGE_FILE).is_file():
+            stages = {
+                "sft": self.stages["sft"],
+                "policy": read_stage(str(folder), "policy", "policy"),
+            }
+            require_same_base({**stages, "sft": replace(stages["sft"], backbone=self.source)})
+        if (folder / ADAPTER_FILE).is_file():
+            backbone.load_role(ACTOR, folder, trainable=False)
+            return True
+        if not (folder / "config.json").is_file():
+            raise InputError(
+                f"policy: {folder} holds neither {ADAPTER_FILE} nor config.json; expected the "
+                "folder of a PEFT adapter or of a Hugging Face model"
+            )
+        if load_tokenizer(str(folder)).get_vocab() != self.encoder.tokenizer.get_vocab():
+            raise InputError(
+                f"policy: the tokenizer in {folder} has another vocabulary than that of "
+                f"{self.folders['sft']}, whose cost model would read other tokens"
+            )
+        model = load_causal_lm(BackboneSource(str(folder), dtype=self.source.dtype), self.device)
+        self._other = Backbone(model.to(self.device))
+        return False
 
     def on_train_start(self) -> None:
         super().on_train_start()
@@ -449,15 +499,16 @@ class Policy(AdapterModule):
 
     def _respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
         groups = batch.tokens.by_length(self.rollout_batch_size)
-        with self.backbone.merged(ACTOR):
+        backbone, role = (self._other, BASE) if self._other else (self.backbone, ACTOR)
+        with backbone.merged(role):
             parts = [
                 sample(
-                    self.backbone,
+                    backbone,
                     batch.tokens.rows(rows).without_common_padding(),
                     [seeds[i] for i in rows.tolist()],
                     self.decoding,
                     self.encoder.chat.max_response_tokens,
-                    [self.encoder.eos_id],
+                    self.encoder.stop_ids,
                     self.encoder.pad_id,
                 )
                 for rows in groups
@@ -875,7 +926,13 @@ class Policy(AdapterModule):
         self.log_dict(figures)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
-        """One record per prompt: key, prompt, response, reward (standardised), cost, truncated."""
+        """One record per prompt: key, prompt, response, reward (standardised), cost, truncated.
+
+        Raises:
+            InputError: the policy is a whole model, whose KL is not measured.
+        """
+        if self._other is not None:
+            raise InputError("predict is for adapters; a whole model answers with transformers")
         rollout = self.evaluate(batch, "predict")
         return [
             {
@@ -926,13 +983,20 @@ class Policy(AdapterModule):
 
     def save_policy(self, folder: Path) -> None:
         """The adapter in PEFT's format, tokenizer, decoding and `hcrlhf.json`."""
+        if self.given is not None:  # what is released is what was given, byte by byte
+            shutil.copytree(self.given, folder)
+            return
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_role(ACTOR, folder, self.source.model)
         tokenizer = self.encoder.tokenizer
         tokenizer.chat_template = self.encoder.template
         tokenizer.save_pretrained(str(folder))
         generation = self.decoding.generation_config(self.encoder.chat.max_response_tokens)
-        generation |= {"eos_token_id": self.encoder.eos_id, "pad_token_id": self.encoder.pad_id}
+        stops = self.encoder.stop_ids
+        generation |= {
+            "eos_token_id": stops if len(stops) > 1 else stops[0],
+            "pad_token_id": self.encoder.pad_id,
+        }
         (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
         stage = replace(
             self.stages["sft"],
@@ -946,8 +1010,9 @@ class Policy(AdapterModule):
     def provenance(self) -> dict[str, Any]:
         return {
             "hcrlhf": hcrlhf.__version__,
-            "updates": self.updates,
+            "updates": None if self.given else self.updates,
             "candidate": self.updates if self.candidate is None else self.candidate,
+            "given": self.given and Path(self.given).name,
             "backbone": self.stages["sft"].fingerprint,
             "squash": self.squash,
             "quantization": self.source.quantization,
@@ -966,7 +1031,8 @@ class Policy(AdapterModule):
         return {name: file_sha256(folder / name) for name in files}
 
     def training_prompt_keys(self) -> frozenset[str]:
-        folders = [read_prompt_keys(folder) for folder in self.folders.values()]
+        given = [] if self.given is None else [self.given]
+        folders = [read_prompt_keys(folder) for folder in (*self.folders.values(), *given)]
         return frozenset().union(
             *folders, *(s.training_prompt_keys() for s in self.scorers.values())
         )

@@ -78,7 +78,7 @@ class Preference(PairModule, AdapterModule):
                 "quantization and dtype are fixed by the supervised adapter, which was trained on "
                 f"{sft.backbone.quantization}/{sft.backbone.dtype}; remove them from this config"
             )
-        if fingerprint(sft.backbone.model) != sft.fingerprint:
+        if fingerprint(sft.backbone.folder) != sft.fingerprint:
             raise InputError(
                 f"sft: the weights in {sft.backbone.model} are not those that {self.sft} was "
                 "trained on; run the supervised stage again"

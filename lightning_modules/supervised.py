@@ -28,6 +28,8 @@ class Supervised(AdapterModule):
             less of it is padding; None takes a whole batch.
         quantization: of the base model, "nf4" for 4-bit (needs `lora`).
         dtype: of the weights that are not quantised.
+        revision: of a hub id: a commit, so that it stays the same; None takes its main branch.
+            Later stages compare the weights themselves, by their hash.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
             `AdapterModule`.
     """
@@ -40,6 +42,7 @@ class Supervised(AdapterModule):
         group_size: int | None = None,
         quantization: Literal["none", "nf4"] = "none",
         dtype: Literal["float32", "bfloat16"] = "float32",
+        revision: str | None = None,
         learning_rate: float = 2e-4,
         weight_decay: float = 0.0,
         schedule: Schedule = "linear",
@@ -58,15 +61,15 @@ class Supervised(AdapterModule):
         self.chat = chat
         self.lora = lora
         self.group_size = check_size(group_size, "group_size")
-        self.source = BackboneSource(model, quantization, dtype)
+        self.source = BackboneSource(model, quantization, dtype, revision)
         self.validation_loss = MeanMetric()
         self._seen_keys: set[str] = set()
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.finished = self.read_own_stage(stage, "sft")
-        self.fingerprint = fingerprint(self.source.model)
-        self.encoder = TextEncoder(load_tokenizer(self.source.model), self.chat)
+        self.fingerprint = fingerprint(self.source.folder)
+        self.encoder = TextEncoder(load_tokenizer(self.source.folder), self.chat)
 
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):

@@ -126,6 +126,7 @@ def test_what_is_foretold_is_what_is_taken(
         PROMPT,
         RESPONSE,
         ROWS,
+        score_rows=ROWS,
         rollout_rows=ROLLOUT_ROWS,
         frozen=2,
         shared_heads=1,

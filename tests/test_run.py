@@ -1029,3 +1029,112 @@ def test_while_critics_warm_up_the_policy_and_lambda_stay(
     heads = [v for k, v in state.items() if k.startswith("heads.") and k.endswith("weight")]
     assert len(heads) == 2
     assert all(head.any() for head in heads)
+
+
+# -- policies that were trained elsewhere ----------------------------------------------------------
+
+
+def tested_as(demo: Path, policy: Path, root: Path, *more: str) -> int:
+    return main(["test", "--policy", str(policy), *policy_arguments(demo, root, *ALWAYS, *more)])
+
+
+def test_a_released_adapter_is_tested_again_and_shipped_as_it_is(
+    demo: Path, tmp_path: Path
+) -> None:
+    given = demo / "policy" / "policy"
+    assert tested_as(demo, given, tmp_path / "again") == PASSED
+    assert folder_hashes(tmp_path / "again" / "policy") == folder_hashes(given)
+    plan = read(tmp_path / "again" / "plan.json")
+    assert plan["provenance"]["given"] == "policy"
+
+
+def test_a_merged_model_is_another_artefact_with_a_test_of_its_own(
+    demo: Path, tmp_path: Path, capsys: Any
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    adapter, merged = demo / "policy" / "policy", tmp_path / "merged"
+    assert main(["export", str(adapter), str(merged), "--dtype", "float32"]) == PASSED
+    assert "not the policy that was tested" in capsys.readouterr().out
+    base = AutoModelForCausalLM.from_pretrained(demo / "sft")
+    ids = AutoTokenizer.from_pretrained(merged)("How do I bake bread?", return_tensors="pt")
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(base, adapter).eval()(**ids).logits
+        found = AutoModelForCausalLM.from_pretrained(merged).eval()(**ids).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert tested_as(demo, merged, tmp_path / "run") == PASSED
+    assert folder_hashes(tmp_path / "run" / "policy") == folder_hashes(merged)
+    assert main(["verify", str(tmp_path / "run" / "certificate.json")]) == PASSED
+    assert main(["export", str(adapter), str(merged)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
+    demo: Path, tmp_path: Path, capsys: Any
+) -> None:
+    def says(code: int, words: str) -> None:
+        assert code == 2
+        assert words in capsys.readouterr().err
+
+    root, given = tmp_path / "run", demo / "policy" / "policy"
+    says(tested_as(demo, tmp_path / "nowhere", root), "expected the folder of a policy")
+    says(tested_as(demo, demo / "world", root), "holds neither adapter_model.safetensors")
+    says(tested_as(demo, demo / "cost", root), "is a cost model; expected a policy model")
+    wrong = tmp_path / "wrong"
+    shutil.copytree(given, wrong)
+    record = read(wrong / "hcrlhf.json")
+    (wrong / "hcrlhf.json").write_text(json.dumps({**record, "fingerprint": "0" * 64}))
+    says(tested_as(demo, wrong, root), "differ in backbone weights")
+    says(fit(demo, root, *ALWAYS, "--model.init_args.policy", str(given)), "to be tested and not")
+    says(main(["export", str(demo / "sft"), str(tmp_path / "x")]), "expected the policy/ folder")
+    assert not root.exists()
+
+
+# -- doctor ----------------------------------------------------------------------------------------
+
+
+def test_the_doctor_foretells_memory_and_checks_the_config(
+    demo: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = policy_arguments(demo, tmp_path / "run")
+    assert main(["doctor", *arguments, "--memory", "2GB"]) == PASSED
+    told = capsys.readouterr().out
+    for words in ("rollout", "score", "update", "a response ends with '<eos>'", "2GB: fits"):
+        assert words in told
+    assert "40 safety" in told and "training aims at" in told
+    assert main(["doctor", *arguments, "--memory", "770MB"]) == 2
+    told = capsys.readouterr().out
+    assert "770MB: DOES NOT FIT" in told
+    assert told.count(" -> ") == 3
+    missing = ["--data.init_args.safety", str(tmp_path / "none.jsonl")]
+    assert main(["doctor", *arguments, *missing]) == 2
+    assert "NOT  prompts:" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_knows_a_model_that_no_stage_has_trained_yet(
+    demo: Path, tmp_path: Path, capsys: Any
+) -> None:
+    arguments = policy_arguments(demo, tmp_path / "run", "--model.init_args.sft", "not/there")
+    assert main(["doctor", *arguments]) == 2
+    assert "add --sft CONFIG.yaml" in capsys.readouterr().err
+    sft = tmp_path / "sft.yaml"
+    text = (CONFIGS / "sft.yaml").read_text()
+    text = text.replace("runs/demo/world", str(demo / "world")).replace(
+        "lora: null", "lora: {r: 4, alpha: 8}\n    quantization: nf4"
+    )
+    sft.write_text(text)
+    more = ["--sft", str(sft), "--model.init_args.lora", "null"]
+    assert main(["doctor", *arguments, *more]) == PASSED
+    assert "in 4 bits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["12", "0GB", "big", "-3GB"])
+def test_a_size_of_memory_that_is_none_is_refused(text: str) -> None:
+    from hcrlhf.doctor import read_memory
+    from hcrlhf.errors import InputError
+
+    with pytest.raises(InputError, match="expected a size such as 12GB"):
+        read_memory(text)
+    assert read_memory("12GB") == read_memory("12 GiB") == 12 * 2**30

@@ -20,6 +20,7 @@ from hcrlhf.stages import (
     Stage,
     file_sha256,
     fingerprint,
+    local_model,
     read_prompt_keys,
     read_stage,
     require_same_base,
@@ -302,3 +303,57 @@ def test_a_folder_without_training_prompts_has_none(run: Path) -> None:
     assert read_prompt_keys(str(run / "base")) == frozenset()
     write_stage(run / "cost", COST, [])
     assert read_prompt_keys(str(run / "cost")) == frozenset()
+
+
+# -- models of the hub -----------------------------------------------------------------------------
+
+
+def hub_that_says(error: str, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """A hub whose every download ends with that error; notes what was asked of it."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    asked: list[dict[str, Any]] = []
+
+    def download(model: str, **options: Any) -> str:
+        asked.append({"model": model, **options})
+        if options.get("local_files_only"):
+            raise errors.LocalEntryNotFoundError("not in the cache")
+        kind = getattr(errors, error)
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        ("GatedRepoError", "accept the model's licence on https://huggingface.co/org/model, then"),
+        ("RevisionNotFoundError", "no revision 'abc' of org/model"),
+        ("RepositoryNotFoundError", "no model 'org/model' that you may read"),
+        ("LocalEntryNotFoundError", r"could not be reached \(LocalEntryNotFoundError\)"),
+    ],
+)
+def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line(
+    error: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = hub_that_says(error, monkeypatch)
+    with pytest.raises(InputError, match=message):
+        local_model("org/model", "abc")
+    assert [a["revision"] for a in asked] == ["abc", "abc"]  # the cache first, then the network
+    assert all("*.bin" not in a["allow_patterns"] for a in asked)
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/no/such/folder", "a/b/c"])
+def test_a_path_is_never_taken_for_a_hub_id(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = hub_that_says("RepositoryNotFoundError", monkeypatch)
+    with pytest.raises(InputError, match="does not exist"):
+        local_model(model)
+    assert asked == []
+
+
+def test_a_revision_is_kept_with_the_stage(run: Path) -> None:
+    stage = replace(SFT, backbone=replace(SFT.backbone, model="org/model", revision="abc"))
+    write_stage(run / "sft", stage, KEYS)
+    assert read_stage(str(run / "sft"), "sft", "sft").backbone == stage.backbone

@@ -339,3 +339,13 @@ def test_common_padding_is_cut_before_the_longest_prompt_and_nowhere_else() -> N
     assert cut.input_ids.tolist() == [[5, 6, 7, 8], [0, 6, 9, 0]]
     assert cut.attention_mask.tolist() == [[True] * 4, [False, True, True, False]]
     assert tokens.without_common_padding().input_ids.tolist() == tokens.input_ids.tolist()
+
+
+def test_stop_tokens_are_ids_of_the_vocabulary_beside_eos(make_tokenizer: MakeTokenizer) -> None:
+    encoder = TextEncoder(make_tokenizer(), ChatFormat(stop_tokens=["<unk>", "<s>"]))  # type: ignore[arg-type]
+    assert encoder.stop_ids == [EOS, 3, 1]
+    assert TextEncoder(make_tokenizer(), ChatFormat()).stop_ids == [EOS]
+    # As read from hcrlhf.json, where tuples are lists: still the same format.
+    assert ChatFormat(stop_tokens=["a"]) == ChatFormat(stop_tokens=("a",))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="'<|eot_id|>' is no single token"):
+        TextEncoder(make_tokenizer(), ChatFormat(stop_tokens=("<|eot_id|>",)))
