@@ -193,6 +193,12 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.template = chat.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
+        if "strftime_now" in self.template:
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path!r} writes today's date into every "
+                "prompt, so that what is tested today is not what is used tomorrow; set "
+                "chat.chat_template to one that does not (configs/models has an example)"
+            )
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
         self.stop_ids = [self.eos_id, *map(self._stop_id, chat.stop_tokens)]

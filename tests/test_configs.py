@@ -14,7 +14,13 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 BASES = {
     ROOT / f"configs/demo/{name}.yaml": ROOT / "configs/demo/policy.yaml"
     for name in ("unconstrained", "rloo")
-} | {ROOT / "configs/loggers/wandb.yaml": ROOT / "configs/demo/policy.yaml"}
+}
+BASES[ROOT / "configs/loggers/wandb.yaml"] = ROOT / "configs/demo/policy.yaml"
+BASES[ROOT / "configs/large/rloo.yaml"] = ROOT / "configs/large/policy.yaml"
+BASES |= dict.fromkeys((ROOT / "configs/models").glob("*.yaml"), ROOT / "configs/large/sft.yaml")
+for kind, stage in (("sft", "sft"), ("pairs", "reward"), ("policy", "policy")):
+    layers = (ROOT / "configs/cards").glob(f"*-{kind}.yaml")
+    BASES |= dict.fromkeys(layers, ROOT / f"configs/large/{stage}.yaml")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: f"{path.parent.name}-{path.stem}")

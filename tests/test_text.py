@@ -349,3 +349,9 @@ def test_stop_tokens_are_ids_of_the_vocabulary_beside_eos(make_tokenizer: MakeTo
     assert ChatFormat(stop_tokens=["a"]) == ChatFormat(stop_tokens=("a",))  # type: ignore[arg-type]
     with pytest.raises(InputError, match="'<|eot_id|>' is no single token"):
         TextEncoder(make_tokenizer(), ChatFormat(stop_tokens=("<|eot_id|>",)))
+
+
+def test_a_template_that_reads_the_clock_is_refused(make_tokenizer: MakeTokenizer) -> None:
+    template = "{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"
+    with pytest.raises(InputError, match="writes today's date into every prompt"):
+        TextEncoder(make_tokenizer(), ChatFormat(chat_template=template))
