@@ -318,13 +318,14 @@ def report() -> None:
     lines = [
         "# Memory of 1.5 to 3B models on one card",
         "",
-        "Written by `benchmarks/gpu.py report`; its docstring says what is run. 256 + 256 "
-        "tokens, NF4 with double quantisation, LoRA rank 8 on all linear layers, bf16-mixed, gradient "
+        "Written by `benchmarks/gpu.py report`; its docstring says what is run. 256 + 256 tokens, "
+        "NF4 with double quantisation, LoRA rank 8 on all linear layers, bf16-mixed, gradient "
         "checkpointing, passes of 4 sequences (4 pairs for reward and cost), 32 responses "
         "generated together, float32 AdamW.",
         "",
         "**Foretold** (GiB of PyTorch's allocator, by running the passes on tensors without "
-        "memory; against counted bytes of small models on a CPU it is within 10%, tests/test_footprint.py):",
+        "memory; against counted bytes of small models on a CPU it is within 10%, "
+        "tests/test_footprint.py):",
         "",
         "| model | stage | stays | rollout | score | update | step | peak |",
         "|---|---|---|---|---|---|---|---|",

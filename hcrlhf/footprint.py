@@ -11,6 +11,7 @@ bitsandbytes' 4-bit layers do, tensor by tensor: neither can be built on such te
 
 from __future__ import annotations
 
+import copy
 import gc
 import warnings
 import weakref
@@ -33,7 +34,7 @@ BLOCK, NESTED_BLOCK = (
     256,
 )  # of NF4 with double quantisation: weights per scale, scales per scale
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}  # per trained weight
-PAGED_BYTES = 2.03
+FEW, MANY = 3, 6  # layers from which a deep model is foretold
 
 
 class LiveBytes(TorchDispatchMode):
@@ -292,10 +293,43 @@ class _Model:
 def footprint(config: Any, sizes: Sizes, compute: torch.dtype | None = None) -> Footprint:
     """What a stage takes with a model of this configuration.
 
+    Layers that are all alike add alike: a deep model is foretold from FEW and MANY of its layers.
+
     Args:
         config: of transformers, as `AutoConfig` reads it.
         compute: dtype of 4-bit products; None is bfloat16, as on a GPU.
     """
+    depth = config.num_hidden_layers
+    kinds = set(getattr(config, "layer_types", None) or ["alike"])
+    if depth <= 2 * MANY or len(kinds) > 1:
+        return _footprint(config, sizes, compute)
+    few, many = (_footprint(_shallow(config, n), sizes, compute) for n in (FEW, MANY))
+
+    def deep(a: int, b: int) -> int:
+        return round(a + (b - a) * (depth - FEW) / (MANY - FEW))
+
+    def each(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
+        return {name: deep(a[name], b[name]) for name in a}
+
+    return Footprint(
+        deep(few.parameters, many.parameters),
+        deep(few.trained, many.trained),
+        each(few.parts, many.parts),
+        each(few.phases, many.phases),
+        each(few.working, many.working),
+    )
+
+
+def _shallow(config: Any, layers: int) -> Any:
+    """The configuration with fewer layers."""
+    result = copy.deepcopy(config)
+    if getattr(result, "layer_types", None):
+        result.layer_types = result.layer_types[:layers]
+    result.num_hidden_layers = layers
+    return result
+
+
+def _footprint(config: Any, sizes: Sizes, compute: torch.dtype | None) -> Footprint:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with warnings.catch_warnings():

@@ -288,6 +288,11 @@ def run(arguments: Sequence[str]) -> int:
     except SIGTERMException:  # a SystemExit without a code: it would read as success
         return INTERRUPTED
     except MisconfigurationException as error:
+        if "No supported gpu backend" in str(error):
+            raise InputError(
+                "trainer.accelerator is gpu, and PyTorch finds none; set trainer.accelerator: cpu, "
+                "or install a build of torch for this machine's GPU"
+            ) from error
         raise InputError(one_line(error)) from error
     except Exception as error:
         # A class that refused its arguments: the parser has wrapped what it said.

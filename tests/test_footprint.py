@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig
 
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
-from hcrlhf.footprint import LiveBytes, Sizes, footprint
+from hcrlhf.footprint import LiveBytes, Sizes, _footprint, footprint
 from hcrlhf.rollouts import Decoding, sample
 from hcrlhf.stages import BackboneSource
 from hcrlhf.text import Encoded, Tokens, collate
@@ -138,3 +138,28 @@ def test_what_is_foretold_is_what_is_taken(
     assert told.parts["backbone"] + told.parts["adapters"] == pytest.approx(weights, rel=0.03)
     for phase, peak in found.items():
         assert told.working[phase] + weights == pytest.approx(peak + weights, rel=TOLERANCE), phase
+
+
+@pytest.mark.parametrize("stage", ["policy", "preference"])
+def test_a_deep_model_is_foretold_from_a_shallow_one(make_llama: Any, stage: Any) -> None:
+    config = make_llama(num_hidden_layers=16, hidden_size=64, vocab_size=2000).config
+    sizes = Sizes(
+        stage,
+        "nf4",
+        "bfloat16",
+        True,
+        LORA,
+        PROMPT,
+        RESPONSE,
+        ROWS,
+        score_rows=ROWS,
+        rollout_rows=ROLLOUT_ROWS,
+        frozen=3,
+        shared_heads=2,
+        checkpointing=True,
+    )
+    quick, whole = footprint(config, sizes), _footprint(config, sizes, None)
+    assert (quick.parameters, quick.trained) == (whole.parameters, whole.trained)
+    assert quick.parts == whole.parts
+    for phase, bytes_ in whole.phases.items():
+        assert quick.phases[phase] == pytest.approx(bytes_, rel=0.01), phase
