@@ -364,6 +364,7 @@ class _Earlier:
             InputError: policy, limits, scorers or decoding are not those of the undecided test.
         """
         before = self.plans[-1]
+        plan = json.loads(json.dumps(plan))  # as it would be read: tuples are lists
         # Of the policy the weights: its other files name the backbone relative to their folder.
         pairs = {"policy": (before["policy"]["weights"], plan["policy"]["weights"])}
         pairs |= {n: (before[n], plan[n]) for n in ("constraints", "provenance", "stopping")}
