@@ -113,11 +113,14 @@ class Preference(PairModule, AdapterModule):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """Scores (B,) float32."""
-        with self.backbone.role(self.role):
-            return self.in_groups(tokens, self.group_size, self._score)
+        return self._scores_of(self.role, tokens)
 
-    def _score(self, tokens: Tokens) -> Tensor:
-        return self.backbone.scores(self.role, self.backbone.hidden(tokens), tokens)
+    def _scores_of(self, role: str, tokens: Tokens) -> Tensor:
+        def score(part: Tokens) -> Tensor:
+            return self.backbone.scores(role, self.backbone.hidden(part), part)
+
+        with self.backbone.role(role):
+            return self.in_groups(tokens, self.group_size, score)
 
     def save_stage(self) -> None:
         """Writes adapter, head, tokenizer and `hcrlhf.json`, and scores with what was written.
@@ -150,9 +153,7 @@ class Preference(PairModule, AdapterModule):
         self.backbone.add_head("reloaded", trainable=False, state=load_head(folder))
         self.backbone.heads["reloaded"].to(self.device)
         with self.backbone.inference():
-            ours = self(self._probe)
-            with self.backbone.role("reloaded"):
-                hidden = self.backbone.hidden(self._probe)
-            theirs = self.backbone.scores("reloaded", hidden, self._probe)
+            # In the same groups: bfloat16 rounds otherwise where shapes differ.
+            ours, theirs = (self._scores_of(r, self._probe) for r in (self.role, "reloaded"))
         self.backbone.drop_role("reloaded")
         require_same_scores(ours, theirs, folder)

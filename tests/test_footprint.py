@@ -163,3 +163,23 @@ def test_a_deep_model_is_foretold_from_a_shallow_one(make_llama: Any, stage: Any
     assert quick.parts == whole.parts
     for phase, bytes_ in whole.phases.items():
         assert quick.phases[phase] == pytest.approx(bytes_, rel=0.01), phase
+
+
+def test_log_probabilities_take_a_chunk_of_logits_whatever_the_vocabulary(
+    tmp_path: Path, make_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcrlhf.backbone.LOGITS", 2**16)
+    peaks: dict[str, list[int]] = {"training": [], "scoring": []}
+    for vocabulary in (2_000, 20_000):
+        folder = model_of(tmp_path / str(vocabulary), make_llama, vocab_size=vocabulary)
+        own = backbone(folder, {}, False, frozen=0)
+        hidden = torch.randn(ROWS, PROMPT + RESPONSE, own.hidden_size, requires_grad=True)
+        for name, found in peaks.items():
+            with torch.set_grad_enabled(name == "training"), LiveBytes() as live:
+                result = own.log_probs(hidden, tokens(ROWS))
+                if name == "training":
+                    result.sum().backward()
+            found.append(live.peak)
+    for small, large in peaks.values():
+        assert large < 1.2 * small
+        assert large < ROWS * RESPONSE * 20_000 * 4 / 8

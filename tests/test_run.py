@@ -799,6 +799,60 @@ def test_a_4_bit_backbone_runs_every_stage_on_a_cpu(demo: Path, tmp_path: Path) 
     assert plan["provenance"]["quantization"] == "nf4"
 
 
+def test_the_path_of_large_models_in_4_bits_to_a_tested_export(
+    demo: Path, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """configs/large at reduced size: adapters on one 4-bit backbone, a broken run, an export."""
+    pytest.importorskip("bitsandbytes")
+    from lightning_modules import Policy
+
+    sft = tmp_path / "sft"
+    large = [
+        "--model.init_args.gradient_checkpointing",
+        "true",
+        "--trainer.precision",
+        "bf16-mixed",
+    ]
+    nf4 = ["--model.init_args.quantization", "nf4", "--model.init_args.dtype", "bfloat16"]
+    nf4 += ["--model.init_args.lora", "{r: 4, alpha: 8}"]
+    assert fit_stage(demo, "sft", sft, *nf4, *large) == PASSED
+    stages = ["--model.init_args.sft", str(sft)]
+    for role in ("reward", "cost"):
+        own = ["--model.init_args.lora", "null", "--model.init_args.sft", str(sft)]
+        assert fit_stage(demo, role, tmp_path / role, *own, *large) == PASSED
+        stages += [f"--model.init_args.{role}", str(tmp_path / role)]
+    given = [*ALWAYS, *stages, *large, "--model.init_args.lora", "null", tested()]
+    root = tmp_path / "whole" / "run"
+    assert fit(demo, root, *given) == PASSED
+    trained = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert all("lora_" in name or name.startswith("heads.") for name in trained)
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float32}
+    assert not any("lora_" in name and name.startswith("heads.") for name in trained)
+    # Broken off in the third update and resumed: the same bytes as in one go.
+    broken = tmp_path / "broken" / "run"
+    with monkeypatch.context() as patch:
+        honest, calls = Policy._improve, []
+
+        def failing(self: Any, *arguments: Any) -> Any:
+            calls.append(1)
+            if len(calls) == 3:
+                raise RuntimeError("pulled the plug")
+            return honest(self, *arguments)
+
+        patch.setattr(Policy, "_improve", failing)
+        with pytest.raises(RuntimeError, match="pulled the plug"):
+            fit(demo, broken, *given)
+    assert fit(demo, broken, *given, "--ckpt_path", "last") == PASSED
+    assert folder_hashes(broken / "policy") == folder_hashes(root / "policy")
+    # What is merged is another model than the 4-bit one, and says so.
+    merged = tmp_path / "merged"
+    assert main(["export", str(root / "policy"), str(merged)]) == PASSED
+    assert "its base is not 4-bit" in capsys.readouterr().out
+    state = safetensors.torch.load_file(merged / "model.safetensors")
+    assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    assert outcome_of(demo, merged, tmp_path / "other" / "run", *given[1:]) == PASSED
+
+
 def test_mixed_precision_and_gradient_checkpointing_run_to_a_verdict(
     demo: Path, tmp_path: Path
 ) -> None:
