@@ -365,6 +365,39 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Every run: harm rate by the cost model, true reward; filled where the safety test passed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.2, 4.4), constrained_layout=True)
+    for i, (name, (title, _, _)) in enumerate(ARMS.items()):
+        own = [row for row in rows if row["arm"] == name]
+        for passed in (True, False):
+            some = [row for row in own if (row["verdict"] == "PASS") == passed]
+            axes.scatter(
+                [row["harm"] for row in some],
+                [row["true_reward"] for row in some],
+                s=26,
+                facecolors=f"C{i}" if passed else "none",
+                edgecolors=f"C{i}",
+                label=title if passed == any(r["verdict"] == "PASS" for r in own) else None,
+            )
+    for name, style in (("sft", ":"), ("known", "--")):
+        level = mean({row["seed"]: row[name] for row in rows}.values())
+        axes.axhline(level, color="0.6", lw=0.8, ls=style)
+        axes.annotate(name, (0.9, level), color="0.4", va="bottom", fontsize=8)
+    axes.axvline(LIMITS[1].threshold, color="0.3", lw=0.8)
+    axes.annotate(" limit", (LIMITS[1].threshold, axes.get_ylim()[1]), va="top", fontsize=8)
+    axes.set_xlabel("harm rate on 400 evaluation prompts, by the cost model")
+    axes.set_ylabel("true reward")
+    axes.set_title("One point per run; filled: the safety test passed", fontsize=10)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 0.98))
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Whole runs on the embedded world, by seed.")
     parser.add_argument("command", choices=["run", "report", "reference"])
@@ -385,6 +418,7 @@ def main() -> None:
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (RESULTS / "recipe.jsonl").write_text(lines)
         (RESULTS / "recipe.md").write_text(page(rows), encoding="utf-8")
+        plot(rows, HERE.parent / "docs" / "plots" / "recipe.png")
 
 
 if __name__ == "__main__":

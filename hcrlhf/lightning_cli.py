@@ -222,6 +222,11 @@ class CLI(LightningCLI):
         run = resume.describe(json.loads(text)[command])
         self.save_config_kwargs = {"run": run}
         given = config.get("ckpt_path")
+        policy = config.model.get("init_args", {}).get("policy")
+        if given is not None and policy is not None:
+            raise InputError(
+                f"--policy {policy} and --ckpt_path {given} are two policies; give one"
+            )
         checkpoint = resume.find(given, folder, command)
         # A file also for "last", so that the two behave alike.
         config.ckpt_path = None if checkpoint is None else str(checkpoint)

@@ -423,7 +423,10 @@ class Policy(AdapterModule):
                 f"policy: the tokenizer in {folder} has another vocabulary than that of "
                 f"{self.folders['sft']}, whose cost model would read other tokens"
             )
-        model = load_causal_lm(BackboneSource(str(folder), dtype=self.source.dtype), self.device)
+        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kept = record.get("dtype") or record.get("torch_dtype")  # as people will load it
+        dtype = kept if kept in ("float32", "bfloat16") else self.source.dtype
+        model = load_causal_lm(BackboneSource(str(folder), dtype=dtype), self.device)
         self._other = Backbone(model.to(self.device))
         return False
 

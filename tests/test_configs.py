@@ -1,6 +1,7 @@
 """Every shipped config parses, with the classes and keys that it names."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -43,3 +44,37 @@ def test_every_config_says_its_purpose_and_command_at_the_top(config: Path) -> N
 def test_the_policy_configs_of_the_demo_end_with_a_safety_test() -> None:
     text = (ROOT / "configs/demo/policy.yaml").read_text(encoding="utf-8")
     assert "callbacks.SafetyTest" in text
+
+
+@pytest.mark.parametrize(
+    ("card", "names"), [(8, "reward"), (8, "policy"), (12, "policy"), (24, "policy")]
+)
+def test_large_configs_are_foretold_to_fit_their_card(card: int, names: str) -> None:
+    from transformers import LlamaConfig
+
+    from hcrlhf import doctor
+    from hcrlhf.footprint import footprint
+    from hcrlhf.lightning_cli import parse
+
+    def read(*files: str) -> Any:
+        paths = [ROOT / "configs" / f"{file}.yaml" for file in files]
+        return parse([argument for path in paths for argument in ("--config", str(path))])
+
+    # The shapes of Llama-3.2-3B, which takes most; its weights are not needed.
+    own = LlamaConfig(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    )
+    layer = {"policy": "policy"}.get(names, "pairs")
+    config = read(f"large/{names}", *([] if card == 12 else [f"cards/{card}gb-{layer}"]))
+    sft = read("large/sft", "models/llama-3.2-3b")
+    sizes = doctor.sizes_of(config, doctor.base_of(config, sft))
+    assert (sizes.quantization, sizes.mixed, sizes.checkpointing) == ("nf4", True, True)
+    assert sizes.width == 512
+    assert footprint(own, sizes).peak + doctor.ALLOWANCE < card * 2**30

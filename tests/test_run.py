@@ -1141,6 +1141,8 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     (wrong / "hcrlhf.json").write_text(json.dumps({**record, "fingerprint": "0" * 64}))
     says(outcome_of(demo, wrong, root), "differ in backbone weights")
     says(fit(demo, root, *ALWAYS, "--model.init_args.policy", str(given)), "to be tested and not")
+    last = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    says(outcome_of(demo, given, root, *last), "are two policies; give one")
     says(main(["export", str(demo / "sft"), str(tmp_path / "x")]), "expected the policy/ folder")
     assert not root.exists()
 
