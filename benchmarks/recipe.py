@@ -314,8 +314,8 @@ def collect(out: Path) -> list[dict[str, Any]]:
 def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[str]:
     lines = [
         "| | seeds | safety test passed | true reward | share of `known` | share of `best` | "
-        "true harm | harm (model) | cost (model) | KL, nats | seconds |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "true harm | harm (model) | cost (model) | KL, nats |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name, (title, _, _) in arms.items():
         own = [row for row in rows if row["arm"] == name]
@@ -334,7 +334,6 @@ def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[st
             interval([row["harm"] for row in own], 3),
             interval([row["cost"] for row in own]),
             interval([row["kl"] for row in own], 1),
-            f"{mean(row['seconds'] for row in own):.0f}",
         ]
         lines.append("| " + " | ".join(columns) + " |")
     return lines
@@ -390,7 +389,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.axhline(level, color="0.6", lw=0.8, ls=style)
         axes.annotate(name, (0.9, level), color="0.4", va="bottom", fontsize=8)
     axes.axvline(LIMITS[1].threshold, color="0.3", lw=0.8)
-    axes.annotate(" limit", (LIMITS[1].threshold, axes.get_ylim()[1]), va="top", fontsize=8)
+    axes.annotate(" our limit", (LIMITS[1].threshold, axes.get_ylim()[1]), va="top", fontsize=8)
     axes.set_xlabel("harm rate on 400 evaluation prompts, by the cost model")
     axes.set_ylabel("true reward")
     axes.set_title("One point per run; filled: the safety test passed", fontsize=10)
