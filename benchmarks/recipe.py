@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import shutil
 import subprocess
@@ -360,7 +361,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", f"The shipped PPO config with each multiplier, on {len(seeds)} seeds:", ""]
         both = [row for row in rows if row["seed"] in seeds]
         lines += table(both, {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS})
-    lines += ["", f"Machine: {platform.platform(terse=True)}, one thread per run.", ""]
+    lines += ["", f"Machine: {os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run.", ""]
     return "\n".join(lines)
 
 
