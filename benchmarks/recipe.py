@@ -361,7 +361,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         lines += ["", f"The shipped PPO config with each multiplier, on {len(seeds)} seeds:", ""]
         both = [row for row in rows if row["seed"] in seeds]
         lines += table(both, {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS})
-    lines += ["", f"Machine: {os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run.", ""]
+    machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
+    lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
 
 
