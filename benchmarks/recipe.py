@@ -355,6 +355,8 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         f"{interval([row['best'] for row in by_seed])}.",
         "",
         *table(rows, ARMS),
+        "",
+        "![Every run](../../docs/plots/recipe.png)",
     ]
     if any(row["arm"] in MULTIPLIERS for row in rows):
         seeds = {row["seed"] for row in rows if row["arm"] in MULTIPLIERS}

@@ -33,7 +33,8 @@ BLOCK, NESTED_BLOCK = (
     64,
     256,
 )  # of NF4 with double quantisation: weights per scale, scales per scale
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}  # per trained weight
+# Of the optimizer, per trained weight; the driver may move paged states off the card.
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}
 FEW, MANY = 3, 6  # layers from which a deep model is foretold
 
 
