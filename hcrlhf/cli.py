@@ -99,7 +99,7 @@ def _with_policy(arguments: Sequence[str]) -> list[str]:
     for word in words:
         if word == "--policy" or word.startswith("--policy="):
             folder = word.partition("=")[2] or next(words, "")
-            if not Path(folder).is_dir():
+            if not folder or not Path(folder).is_dir():
                 raise InputError(f"--policy {folder}: expected the folder of a policy")
             given = ["--model.init_args.policy", folder]
         else:

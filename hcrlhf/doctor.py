@@ -10,11 +10,12 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint
+from hcrlhf.constraint import Constraint, PaperPessimism
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.stages import FILE as STAGE_FILE
@@ -114,6 +115,8 @@ def sizes_of(config: Config, base: Base) -> Sizes:
         config["trainer"],
     )
     lora = base.lora or _lora(model.get("lora"))
+    if lora is None and kind(config) != "Supervised":
+        lora = LoraOptions()  # only the supervised stage can train a whole model
     on_cpu = trainer.get("accelerator") == "cpu"
     plain = base.source.quantization == "none" and base.source.dtype == "float32"
     common = {
@@ -210,7 +213,7 @@ def remedies(sizes: Sizes) -> dict[str, Sizes]:
 def best_remedies(
     sizes: Sizes, told: Footprint, foretell: Callable[[Sizes], Footprint], count: int = 3
 ) -> list[tuple[str, int]]:
-    """The keys that help most, and the peak with each; then with all of them together."""
+    """The keys that help most, and the peak with each."""
     peaks = {key: foretell(smaller).peak for key, smaller in remedies(sizes).items()}
     best = sorted((peak, key) for key, peak in peaks.items() if peak < told.peak)[:count]
     return [(key, peak) for peak, key in best]
@@ -257,11 +260,8 @@ def _file(path: str) -> Finding:
 
 
 def _prompts(data: Mapping[str, Any]) -> Finding:
-    from importlib import import_module
-
-    module, _, name = data["class_path"].rpartition(".")
     try:
-        prompts = getattr(import_module(module), name)(**data["init_args"])
+        prompts = _built(data)
         prompts.setup("fit")
     except InputError as error:
         return Finding("prompts", False, str(error))
@@ -269,11 +269,19 @@ def _prompts(data: Mapping[str, Any]) -> Finding:
     return Finding("prompts", True, f"{counts}; the safety prompts are in no other file")
 
 
+def _built(described: Mapping[str, Any]) -> Any:
+    """The object of a class_path with init_args."""
+    module, _, name = described["class_path"].rpartition(".")
+    return getattr(import_module(module), name)(**(described.get("init_args") or {}))
+
+
 def _constraints(config: Config) -> list[Constraint]:
     plain = [dict(c) for c in config["model"]["init_args"]["constraints"]]
     for options in plain:
-        options.pop("bound", None)  # a class: the default bound stands for it
-        options.pop("pessimism", None)
+        if (bound := options.get("bound")) is not None:
+            options["bound"] = _built(bound)
+        if isinstance(pessimism := options.get("pessimism"), Mapping):
+            options["pessimism"] = PaperPessimism(**pessimism)
     return [Constraint(**options) for options in plain]
 
 

@@ -40,7 +40,7 @@ from hcrlhf.constraint import (
 )
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, Prompt
-from hcrlhf.hashing import file_sha256
+from hcrlhf.hashing import file_sha256, folder_hashes
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, MultiplierState, ProjectedMultiplier
@@ -48,6 +48,7 @@ from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.preferences import squashed
 from hcrlhf.refusals import is_refusal
+from hcrlhf.release import complete, require_same_answers
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
@@ -402,14 +403,17 @@ class Policy(AdapterModule):
         """Loads the given policy; whether it took the place of the one that would be trained.
 
         Raises:
-            InputError: it is neither adapter nor model, or of another backbone or tokenizer.
+            InputError: it is neither adapter nor model, of another backbone, or would answer
+                otherwise than it is tested.
         """
+        self._given_files = folder_hashes(folder)
         if (folder / STAGE_FILE).is_file():
             stages = {
                 "sft": self.stages["sft"],
                 "policy": read_stage(str(folder), "policy", "policy"),
             }
             require_same_base({**stages, "sft": replace(stages["sft"], backbone=self.source)})
+        require_same_answers(folder, self.decoding, self.encoder)
         if (folder / ADAPTER_FILE).is_file():
             backbone.load_role(ACTOR, folder, trainable=False)
             return True
@@ -417,11 +421,6 @@ class Policy(AdapterModule):
             raise InputError(
                 f"policy: {folder} holds neither {ADAPTER_FILE} nor config.json; expected the "
                 "folder of a PEFT adapter or of a Hugging Face model"
-            )
-        if load_tokenizer(str(folder)).get_vocab() != self.encoder.tokenizer.get_vocab():
-            raise InputError(
-                f"policy: the tokenizer in {folder} has another vocabulary than that of "
-                f"{self.folders['sft']}, whose cost model would read other tokens"
             )
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kept = record.get("dtype") or record.get("torch_dtype")  # as people will load it
@@ -985,22 +984,20 @@ class Policy(AdapterModule):
         return CostSamples(batch.keys, costs, tuple((t,) for t in texts), truncated)
 
     def save_policy(self, folder: Path) -> None:
-        """The adapter in PEFT's format, tokenizer, decoding and `hcrlhf.json`."""
+        """The adapter in PEFT's format, tokenizer, decoding and `hcrlhf.json`.
+
+        Raises:
+            RuntimeError: a given policy has changed since it was loaded.
+        """
         if self.given is not None:  # what is released is what was given, byte by byte
             shutil.copytree(self.given, folder)
+            if folder_hashes(folder) != self._given_files:
+                raise RuntimeError(f"{self.given} has changed since it was loaded for the test")
+            complete(folder, self.decoding, self.encoder)
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.backbone.save_role(ACTOR, folder, self.source.model)
-        tokenizer = self.encoder.tokenizer
-        tokenizer.chat_template = self.encoder.template
-        tokenizer.save_pretrained(str(folder))
-        generation = self.decoding.generation_config(self.encoder.chat.max_response_tokens)
-        stops = self.encoder.stop_ids
-        generation |= {
-            "eos_token_id": stops if len(stops) > 1 else stops[0],
-            "pad_token_id": self.encoder.pad_id,
-        }
-        (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+        complete(folder, self.decoding, self.encoder)
         stage = replace(
             self.stages["sft"],
             role="policy",

@@ -1124,6 +1124,39 @@ def test_a_merged_model_is_another_artefact_with_a_test_of_its_own(
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_an_adapter_of_other_tools_is_shipped_with_the_tokenizer_and_decoding_of_its_test(
+    demo: Path, tmp_path: Path
+) -> None:
+    own, bare, root = demo / "policy" / "policy", tmp_path / "bare", tmp_path / "run"
+    bare.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(own / name, bare)
+    assert outcome_of(demo, bare, root) == PASSED
+    shipped, known = folder_hashes(root / "policy"), folder_hashes(own)
+    assert shipped == {name: digest for name, digest in known.items() if name in shipped}
+    assert {"tokenizer.json", "generation_config.json"} <= shipped.keys()
+
+
+def test_a_given_policy_that_is_exchanged_while_it_is_tested_is_not_shipped(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    given, root = tmp_path / "given", tmp_path / "run"
+    shutil.copytree(demo / "policy" / "policy", given)
+    sample = Policy.sample_costs
+
+    def exchanged(self: Policy, *arguments: Any) -> Any:
+        (given / "README.md").write_text("another\n")
+        return sample(self, *arguments)
+
+    monkeypatch.setattr(Policy, "sample_costs", exchanged)
+    with pytest.raises(RuntimeError, match="has changed since it was loaded"):
+        outcome_of(demo, given, root)
+    assert read(root / "verdict.json")["verdict"] == "NOT_TESTED"
+    assert not (root / "policy").exists()
+
+
 def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     demo: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -1141,8 +1174,22 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     (wrong / "hcrlhf.json").write_text(json.dumps({**record, "fingerprint": "0" * 64}))
     says(outcome_of(demo, wrong, root), "differ in backbone weights")
     says(fit(demo, root, *ALWAYS, "--model.init_args.policy", str(given)), "to be tested and not")
+    shutil.copy(given / "hcrlhf.json", wrong)
+    generation = read(given / "generation_config.json")
+    for change, words in [
+        ({"top_k": 50}, "lets it answer otherwise than it is tested: top_k 50 (tested: 0)"),
+        ({"do_sample": False, "num_beams": 4}, "do_sample False (tested: True); num_beams 4"),
+        ({"eos_token_id": [0, 5]}, "eos_token_id [0, 5]"),
+    ]:
+        (wrong / "generation_config.json").write_text(json.dumps({**generation, **change}))
+        says(outcome_of(demo, wrong, root), words)
+    shutil.copy(given / "generation_config.json", wrong)
+    (wrong / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    says(outcome_of(demo, wrong, root), "has another chat template than the test asks with")
     last = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
     says(outcome_of(demo, given, root, *last), "are two policies; give one")
+    says(main(["test", "--policy"]), "expected the folder of a policy")
+    says(main(["test", "--policy="]), "expected the folder of a policy")
     says(main(["export", str(demo / "sft"), str(tmp_path / "x")]), "expected the policy/ folder")
     assert not root.exists()
 
@@ -1159,6 +1206,11 @@ def test_the_doctor_foretells_memory_and_checks_the_config(
     for words in ("rollout", "score", "update", "a response ends with '<eos>'", "2GB: fits"):
         assert words in told
     assert "40 safety" in told and "training aims at" in told
+    bound = {"class_path": "hcrlhf.methods.EmpiricalBernstein"}
+    paper = {"c1": 2.0, "c2": 1.0, "rollout": 8}
+    limits = [{"estimand": "mean", "threshold": 1.0, "bound": bound, "pessimism": paper}]
+    assert main(["doctor", *arguments, f"--model.init_args.constraints={json.dumps(limits)}"]) == 0
+    assert "standard deviations below 1" in capsys.readouterr().out
     assert main(["doctor", *arguments, "--memory", "770MB"]) == 2
     told = capsys.readouterr().out
     assert "770MB: DOES NOT FIT" in told
