@@ -29,10 +29,7 @@ from hcrlhf.backbone import LoraOptions, token_chunk, token_log_probs
 from hcrlhf.errors import InputError
 from hcrlhf.rollouts import draw
 
-BLOCK, NESTED_BLOCK = (
-    64,
-    256,
-)  # of NF4 with double quantisation: weights per scale, scales per scale
+BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, scales per scale
 # Of the optimizer, per trained weight; the driver may move paged states off the card.
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}
 FEW, MANY = 3, 6  # layers from which a deep model is foretold
@@ -432,29 +429,32 @@ def _score(model: _Model) -> None:
 
 
 def _update(model: _Model, trained: Sequence[nn.Parameter]) -> None:
-    """Two backward passes one after the other: the gradients of the first stay."""
+    """Backward passes one after the other, each trained role's own: gradients of the last stay."""
     sizes = model.sizes
     model.model.train()
-    model.use(0)
     for _ in range(2 if sizes.stage == "policy" else 1):
-        with _autocast(sizes):
-            states = [model.hidden(sizes.rows, sizes.width) for _ in range(sizes.batch)]
-            losses = [_loss(model, hidden) for hidden in states]
-            loss = torch.stack(losses).sum()
-        del states, losses
-        loss.backward()
-        del loss
+        for role in range(1 + sizes.critics):
+            model.use(role)
+            with _autocast(sizes):
+                states = [model.hidden(sizes.rows, sizes.width) for _ in range(sizes.batch)]
+                losses = [_loss(model, hidden, role) for hidden in states]
+                loss = torch.stack(losses).sum()
+            del states, losses
+            loss.backward()
+            del loss
     for p in trained:
         p.grad = None
 
 
-def _loss(model: _Model, hidden: Tensor) -> Tensor:
-    heads = model.heads
+def _loss(model: _Model, hidden: Tensor, role: int) -> Tensor:
+    heads, shared = model.heads, model.sizes.shared_heads
     if model.sizes.stage == "preference":
         score: Tensor = nn.functional.linear(hidden[:, -1].float(), heads[0].weight)
         return score.sum()
-    loss = model.log_probs(hidden, model.sizes.prompt).sum()
-    for head in heads[: model.sizes.shared_heads]:
-        states = hidden[:, model.sizes.prompt - 1 : -1]
+    loss = hidden.new_zeros((), dtype=torch.float32)
+    if role == 0:
+        loss = model.log_probs(hidden, model.sizes.prompt).sum()
+    states = hidden[:, model.sizes.prompt - 1 : -1]
+    for head in heads[:shared] if role == 0 else heads[shared + role - 1 : shared + role]:
         loss = loss + nn.functional.linear(states.float(), head.weight).sum()
     return loss

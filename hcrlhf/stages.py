@@ -285,8 +285,10 @@ def local_model(model: str, revision: str | None = None) -> str:
 
     download = partial(snapshot_download, model, revision=revision, allow_patterns=SNAPSHOT)
     try:
-        return str(download(local_files_only=True))
-    except Exception:  # not in the cache, or not all of it
+        cached = str(download(local_files_only=True))
+        if _holds_weights(Path(cached)):  # `hcrlhf doctor` leaves config.json and the tokenizer
+            return cached
+    except Exception:  # nothing of it is in the cache
         pass
     try:
         return str(download())
@@ -307,6 +309,15 @@ def local_model(model: str, revision: str | None = None) -> str:
             f"could not be reached ({type(error).__name__}); give the folder of a model, or "
             "download it where there is a network"
         ) from error
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether all weight files are there, by the index where there are several."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return all((folder / file).is_file() for file in files)
+    return any(folder.glob("*.safetensors"))
 
 
 def fingerprint(model: str, revision: str | None = None) -> str:

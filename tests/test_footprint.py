@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,24 @@ def model_of(tmp_path: Path, make_llama: Any, **changes: Any) -> Any:
     return tmp_path / "model"
 
 
-def backbone(folder: Path, source: dict[str, Any], checkpointing: bool, frozen: int) -> Backbone:
+def policy_sizes(source: dict[str, Any], **changes: Any) -> Sizes:
+    return Sizes(
+        stage="policy",
+        quantization=source.get("quantization", "none"),
+        dtype=source.get("dtype", "float32"),
+        lora=LORA,
+        prompt=PROMPT,
+        response=RESPONSE,
+        rows=ROWS,
+        score_rows=ROWS,
+        rollout_rows=ROLLOUT_ROWS,
+        **changes,
+    )
+
+
+def backbone(
+    folder: Path, source: dict[str, Any], checkpointing: bool, frozen: int, critics: int = 0
+) -> Backbone:
     model = load_causal_lm(BackboneSource(str(folder), **source))
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -58,7 +76,11 @@ def backbone(folder: Path, source: dict[str, Any], checkpointing: bool, frozen: 
     result.add_role("policy", LORA, trainable=True)
     for i in range(frozen):
         result.add_role(f"frozen{i}", LORA, trainable=False)
-    result.add_head("value", trainable=True)
+    for name in [f"critic{i}" for i in range(critics)]:
+        result.add_role(name, LORA, trainable=True)
+        result.add_head(name, trainable=True)
+    if not critics:
+        result.add_head("value", trainable=True)
     return result
 
 
@@ -87,18 +109,28 @@ def measured(own: Backbone, mixed: bool) -> dict[str, int]:
         own.read([tokens(ROWS)], readers)
     own.train()
     own.restore_trainable()
+    critics = [role for role in roles if role.startswith("critic")]
     with counted(found, "update"):
         for _ in range(2):
             with own.role("policy"):
                 with autocast:
                     hidden = own.hidden(tokens(ROWS))
                     loss = own.log_probs(hidden, tokens(ROWS)).sum()
-                    loss = loss + own.values("value", hidden, tokens(ROWS)).sum()
+                    if not critics:
+                        loss = loss + own.values("value", hidden, tokens(ROWS)).sum()
                 del hidden
                 loss.backward()
+            for critic in critics:
+                with own.role(critic):
+                    with autocast:
+                        hidden = own.hidden(tokens(ROWS))
+                        loss = own.values(critic, hidden, tokens(ROWS)).sum()
+                    del hidden
+                    loss.backward()
     return found
 
 
+@pytest.mark.parametrize("critics", [0, 2])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("source", "mixed"),
@@ -110,26 +142,24 @@ def measured(own: Backbone, mixed: bool) -> dict[str, int]:
     ],
 )
 def test_what_is_foretold_is_what_is_taken(
-    tmp_path: Path, make_llama: Any, source: dict[str, Any], mixed: bool, checkpointing: bool
+    tmp_path: Path,
+    make_llama: Any,
+    source: dict[str, Any],
+    mixed: bool,
+    checkpointing: bool,
+    critics: int,
 ) -> None:
     folder = model_of(tmp_path, make_llama)
-    own = backbone(folder, source, checkpointing, frozen=2)
+    own = backbone(folder, source, checkpointing, frozen=2, critics=critics)
     storages = {t.untyped_storage() for t in own.state_dict().values()}
     weights = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
     found = measured(own, mixed)
-    sizes = Sizes(
-        "policy",
-        source.get("quantization", "none"),
-        source.get("dtype", "float32"),
-        mixed,
-        LORA,
-        PROMPT,
-        RESPONSE,
-        ROWS,
-        score_rows=ROWS,
-        rollout_rows=ROLLOUT_ROWS,
+    sizes = policy_sizes(
+        source,
+        mixed=mixed,
         frozen=2,
-        shared_heads=1,
+        shared_heads=0 if critics else 1,
+        critics=critics,
         merged=not source,
         checkpointing=checkpointing,
     )
@@ -143,21 +173,9 @@ def test_what_is_foretold_is_what_is_taken(
 @pytest.mark.parametrize("stage", ["policy", "preference"])
 def test_a_deep_model_is_foretold_from_a_shallow_one(make_llama: Any, stage: Any) -> None:
     config = make_llama(num_hidden_layers=16, hidden_size=64, vocab_size=2000).config
-    sizes = Sizes(
-        stage,
-        "nf4",
-        "bfloat16",
-        True,
-        LORA,
-        PROMPT,
-        RESPONSE,
-        ROWS,
-        score_rows=ROWS,
-        rollout_rows=ROLLOUT_ROWS,
-        frozen=3,
-        shared_heads=2,
-        checkpointing=True,
-    )
+    source = {"quantization": "nf4", "dtype": "bfloat16"}
+    sizes = policy_sizes(source, mixed=True, frozen=3, shared_heads=2, checkpointing=True)
+    sizes = replace(sizes, stage=stage)
     quick, whole = footprint(config, sizes), _footprint(config, sizes, None)
     assert (quick.parameters, quick.trained) == (whole.parameters, whole.trained)
     assert quick.parts == whole.parts

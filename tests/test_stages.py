@@ -345,6 +345,33 @@ def test_a_model_that_the_hub_does_not_give_is_refused_in_one_line(
     assert all("*.bin" not in a["allow_patterns"] for a in asked)
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_cache_that_holds_a_part_of_a_model_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sharded: bool
+) -> None:
+    import huggingface_hub
+
+    weights = {"a": "one.safetensors", "b": "two.safetensors"}
+    (tmp_path / "config.json").write_text("{}")  # what the doctor has left
+    if sharded:
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+        (tmp_path / "one.safetensors").write_bytes(b"1")
+    asked: list[bool] = []
+
+    def download(model: str, **options: Any) -> str:
+        asked.append(options.get("local_files_only", False))
+        if not asked[-1]:
+            for name in weights.values():
+                (tmp_path / name).write_bytes(b"1")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert local_model("org/model") == str(tmp_path)
+    assert asked == [True, False]
+    assert local_model("org/model") == str(tmp_path)
+    assert asked == [True, False, True]  # the second time nothing is fetched
+
+
 @pytest.mark.parametrize("model", ["./nowhere", "/no/such/folder", "a/b/c"])
 def test_a_path_is_never_taken_for_a_hub_id(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = hub_that_says("RepositoryNotFoundError", monkeypatch)
