@@ -17,7 +17,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -33,6 +33,7 @@ BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, sca
 # Of the optimizer, per trained weight; the driver may move paged states off the card.
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}
 FEW, MANY = 3, 6  # layers from which a deep model is foretold
+ROLLOUT_STEPS = ("first token", "last token")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -300,7 +301,7 @@ def footprint(config: Any, sizes: Sizes, compute: torch.dtype | None = None) -> 
     depth = config.num_hidden_layers
     kinds = set(getattr(config, "layer_types", None) or ["alike"])
     if depth <= 2 * MANY or len(kinds) > 1:
-        return _footprint(config, sizes, compute)
+        return _joined(_footprint(config, sizes, compute))
     few, many = (_footprint(_shallow(config, n), sizes, compute) for n in (FEW, MANY))
 
     def deep(a: int, b: int) -> int:
@@ -309,13 +310,26 @@ def footprint(config: Any, sizes: Sizes, compute: torch.dtype | None = None) -> 
     def each(a: dict[str, int], b: dict[str, int]) -> dict[str, int]:
         return {name: deep(a[name], b[name]) for name in a}
 
-    return Footprint(
-        deep(few.parameters, many.parameters),
-        deep(few.trained, many.trained),
-        each(few.parts, many.parts),
-        each(few.phases, many.phases),
-        each(few.working, many.working),
+    return _joined(
+        Footprint(
+            deep(few.parameters, many.parameters),
+            deep(few.trained, many.trained),
+            each(few.parts, many.parts),
+            each(few.phases, many.phases),
+            each(few.working, many.working),
+        )
     )
+
+
+def _joined(found: Footprint) -> Footprint:
+    """Both steps of a rollout as one phase: the larger one, which the depth may have changed."""
+
+    def join(bytes_: dict[str, int]) -> dict[str, int]:
+        steps = [bytes_[name] for name in ROLLOUT_STEPS if name in bytes_]
+        rollout = {"rollout": max(steps)} if steps else {}
+        return rollout | {k: v for k, v in bytes_.items() if k not in ROLLOUT_STEPS}
+
+    return replace(found, phases=join(found.phases), working=join(found.working))
 
 
 def _shallow(config: Any, layers: int) -> Any:
@@ -351,8 +365,9 @@ def _measured(model: _Model, live: LiveBytes) -> Footprint:
     resident = live.now + parts["optimizer"]
     working: dict[str, int] = {}
     if sizes.stage == "policy":
-        with _phase("rollout", working, live):
-            _generate(model)
+        for name, step in zip(ROLLOUT_STEPS, (_first_token, _last_token), strict=True):
+            with _phase(name, working, live):
+                step(model)
         with _phase("score", working, live):
             _score(model)
     with _phase("update", working, live):
@@ -390,18 +405,28 @@ def _autocast(sizes: Sizes) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if sizes.mixed else nullcontext()
 
 
-def _generate(model: _Model) -> None:
-    """The first step over all prompts, and the last one, when the cache is full."""
+def _first_token(model: _Model) -> None:
+    """All prompts at once, into an empty cache."""
+    from transformers import DynamicCache
+
+    sizes = model.sizes
+    with model.reading():
+        cache = DynamicCache(config=model.model.config)
+        _next_token(model, cache, sizes.rollout_rows, sizes.prompt, sizes.prompt)
+
+
+def _last_token(model: _Model) -> None:
+    """One token of each response, when the cache is full."""
     from transformers import DynamicCache
 
     sizes, config = model.sizes, model.model.config
-    rows, before = sizes.rollout_rows, sizes.prompt + sizes.response - 2
+    rows, before = sizes.rollout_rows, sizes.width - 2
     with model.reading():
         cache = DynamicCache(config=config)
-        _next_token(model, cache, rows, sizes.prompt, sizes.prompt)
+        _next_token(model, cache, 1, 1, 1)  # tells the shapes
         states: list[Any] = [(x.keys, x.values) for x in cast(Any, cache.layers)]
         shapes = [(k.shape[1], k.shape[-1], k.dtype, v.shape[-1]) for k, v in states]
-        del cache, states
+        del states
         cache = DynamicCache(config=config)
         for i, (heads, width, dtype, value_width) in enumerate(shapes):
             keys = torch.empty((rows, heads, before, width), dtype=dtype)
