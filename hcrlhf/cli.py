@@ -74,7 +74,7 @@ def _run(arguments: list[str]) -> int:
     if command == "demo":
         from hcrlhf import demo
 
-        _no_weight_bars()
+        _quiet_loading()
         return demo.main(rest, run_trainer)
     if command == "world":
         return _world(rest)
@@ -128,9 +128,9 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args(arguments)
+    _quiet_loading()
     from hcrlhf.export import merge
 
-    _no_weight_bars()
     print(merge(options.policy, options.folder, options.dtype))
     return PASSED
 
@@ -150,17 +150,18 @@ def _world(arguments: list[str]) -> int:
         raise InputError(f"{options.folder} is not empty; give a new folder")
     from hcrlhf.world import write_world
 
-    _no_weight_bars()
+    _quiet_loading()
     write_world(options.folder, options.seed)
     print(f"wrote {options.folder}")
     return PASSED
 
 
-def _no_weight_bars() -> None:
-    """transformers draws a progress bar for every weight file, however small."""
+def _quiet_loading() -> None:
+    """transformers draws a bar for every weight file, bitsandbytes names a package it can miss."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
