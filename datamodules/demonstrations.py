@@ -43,14 +43,7 @@ class Demonstrations(EncodedLoading):
         self.seed = seed
 
     def setup(self, stage: str) -> None:
-        prompt_field, response_field = self.fields
-        examples = []
-        for i, row in enumerate(read_rows(self.path, self.split)):
-            prompt = text_field(row, prompt_field, self.path, i)
-            response = text_field(row, response_field, self.path, i)
-            if not prompt.strip() or not response.strip():
-                raise InputError(f"{self.path}, row {i + 1}: the prompt or the response is empty")
-            examples.append(Demonstration(user_turn(prompt), response.strip()))
+        examples = read_demonstrations(self.path, *self.fields, self.split)
         self.training, self.validation = split_by_prompt(
             examples, self.validation_fraction, self.path
         )
@@ -62,3 +55,20 @@ class Demonstrations(EncodedLoading):
         return self.loader(self.validation, "validation", self.batch_size)
 
     test_dataloader = predict_dataloader = val_dataloader
+
+
+def read_demonstrations(
+    path: str, prompt_field: str, response_field: str, split: str = "train"
+) -> list[Demonstration]:
+    """
+    Raises:
+        InputError: the file cannot be read, a column is missing, or a text is empty.
+    """
+    examples = []
+    for i, row in enumerate(read_rows(path, split)):
+        prompt = text_field(row, prompt_field, path, i)
+        response = text_field(row, response_field, path, i)
+        if not prompt.strip() or not response.strip():
+            raise InputError(f"{path}, row {i + 1}: the prompt or the response is empty")
+        examples.append(Demonstration(user_turn(prompt), response.strip()))
+    return examples

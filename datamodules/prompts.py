@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from datamodules.demonstrations import read_demonstrations
 from datamodules.files import EncodedLoading, check_batch_size, read_rows, text_field
 from hcrlhf.errors import InputError
-from hcrlhf.examples import Prompt, user_turn
+from hcrlhf.examples import Demonstration, Prompt, user_turn
 from hcrlhf.rollouts import response_seed
 from hcrlhf.splits import require_disjoint
 
@@ -24,7 +25,9 @@ class Prompts(EncodedLoading):
         validation: prompts on which it is watched.
         safety: prompts for the safety test alone; no stage may have seen one.
         evaluation: prompts for `predict`.
-        field: name of the column.
+        demonstrations: prompts with responses, which `ptx_coefficient` of the policy keeps likely;
+            as a rule those of the supervised stage.
+        field: name of the column of prompts. response_field: of the demonstrations' responses.
         prompts_per_update: prompts of one rollout.
         updates: rollouts of the run; the training prompts are gone through as often as needed, in
             a new order each time.
@@ -38,7 +41,9 @@ class Prompts(EncodedLoading):
         validation: str,
         safety: str | None = None,
         evaluation: str | None = None,
+        demonstrations: str | None = None,
         field: str = "prompt",
+        response_field: str = "response",
         prompts_per_update: int = 64,
         updates: int = 100,
         batch_size: int = 64,
@@ -51,20 +56,30 @@ class Prompts(EncodedLoading):
             "safety": safety,
             "evaluation": evaluation,
         }
-        self.field = field
+        self.demonstrations_path = demonstrations
+        self.field, self.response_field = field, response_field
         self.prompts_per_update = check_batch_size(prompts_per_update, "prompts_per_update")
         self.updates = check_batch_size(updates, "updates")
         self.batch_size = check_batch_size(batch_size)
         self.seed = seed
         self.prompts: dict[str, list[Prompt]] = {}
+        self.demonstrations: list[Demonstration] = []
 
     def setup(self, stage: str) -> None:
         self.prompts = {
             name: self._read(path) for name, path in self.paths.items() if path is not None
         }
+        if self.demonstrations_path is not None:
+            self.demonstrations = read_demonstrations(
+                self.demonstrations_path, self.field, self.response_field
+            )
         if "safety" in self.prompts:
             safety = [p.key for p in self.prompts["safety"]]
-            for name, prompts in self.prompts.items():
+            others: dict[str, Sequence[Prompt]] = {
+                **self.prompts,
+                "demonstrations": self.demonstrations,
+            }
+            for name, prompts in others.items():
                 if name != "safety":
                     require_disjoint(safety, [p.key for p in prompts], "safety", name)
         if len(self.prompts["train"]) < self.prompts_per_update:
@@ -102,7 +117,8 @@ class Prompts(EncodedLoading):
     @property
     def training_keys(self) -> frozenset[str]:
         """Keys of the prompts that training or validation uses."""
-        return frozenset(p.key for n in ("train", "validation") for p in self.prompts[n])
+        used = (self.prompts["train"], self.prompts["validation"], self.demonstrations)
+        return frozenset(p.key for prompts in used for p in prompts)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.loader(

@@ -32,7 +32,7 @@ MAY_CHANGE = frozenset(
     f"model.init_args.{name}"
     for name in (
         *("learning_rate", "critic_learning_rate", "schedule", "warmup", "weight_decay"),
-        *("max_grad_norm", "kl_coefficient", "gradient_checkpointing"),
+        *("max_grad_norm", "kl_coefficient", "ptx_coefficient", "gradient_checkpointing"),
         *("micro_batch_size", "rollout_batch_size", "group_size"),
     )
 ) | {"data.init_args.updates", "data.init_args.evaluation"}
@@ -48,7 +48,10 @@ TRAINER_KEPT = frozenset(
 # Files and folders are compared by what is in them, so that a run may be moved.
 PATHS = [f"model.init_args.{name}" for name in ("model", "sft", "reward", "cost")] + [
     *(f"model.init_args.{slot}.init_args.model" for slot in ("reward", "cost")),
-    *(f"data.init_args.{name}" for name in ("path", "train", "validation", "safety")),
+    *(
+        f"data.init_args.{name}"
+        for name in ("path", "train", "validation", "safety", "demonstrations")
+    ),
 ]
 
 Settings = Mapping[str, Any]

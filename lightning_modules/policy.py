@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
@@ -141,6 +141,9 @@ class Policy(AdapterModule):
         critic_learning_rate: of value heads and critic adapters; None takes learning_rate.
         critic_warmup: first updates in which the critics alone learn (of critics that share the
             policy's hidden states, the heads), and policy, multipliers and β stay as they are.
+        ptx_coefficient: weight, beside the policy loss, of the mean negative log-likelihood of
+            tokens of `data.init_args.demonstrations` (PTX of InstructGPT, 2203.02155), whatever λ.
+        ptx_batch_size: demonstrations per optimizer step.
         max_grad_norm: gradients are scaled down to this norm.
         micro_batch_size: sequences per forward and backward pass, those of similar length
             together; None takes all at once.
@@ -168,6 +171,8 @@ class Policy(AdapterModule):
         lora: LoraOptions | None = None,
         critic_learning_rate: float | None = None,
         critic_warmup: int = 0,
+        ptx_coefficient: float = 0.0,
+        ptx_batch_size: int = 16,
         max_grad_norm: float = 1.0,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
@@ -185,6 +190,7 @@ class Policy(AdapterModule):
         )
         for name, value in (
             ("kl_coefficient", kl_coefficient),
+            ("ptx_coefficient", ptx_coefficient),
             ("max_grad_norm", max_grad_norm),
             ("truncation_penalty", truncation_penalty),
         ):
@@ -217,6 +223,9 @@ class Policy(AdapterModule):
                 f"{critic_warmup} for {type(learner).__name__}"
             )
         self.critic_warmup = critic_warmup
+        self.ptx_coefficient = ptx_coefficient
+        self.ptx_batch_size = check_size(ptx_batch_size, "ptx_batch_size")
+        self._demonstrations: list[Encoded] = []
         self.max_grad_norm = max_grad_norm
         self.micro_batch_size = check_size(micro_batch_size, "micro_batch_size")
         self.rollout_batch_size = check_size(rollout_batch_size, "rollout_batch_size")
@@ -271,6 +280,31 @@ class Policy(AdapterModule):
             )
         self._read_stages()
         self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
+        if stage == "fit":
+            self._read_demonstrations()
+
+    def _read_demonstrations(self) -> None:
+        """
+        Raises:
+            InputError: a ptx_coefficient without demonstrations, or demonstrations without one.
+        """
+        examples = getattr(getattr(self.trainer, "datamodule", None), "demonstrations", [])
+        if bool(examples) != (self.ptx_coefficient > 0):
+            raise InputError(
+                f"ptx_coefficient {self.ptx_coefficient:g} and {len(examples)} demonstrations: one "
+                "needs the other; set data.init_args.demonstrations to the file of the supervised "
+                "stage and model.init_args.ptx_coefficient above 0, or neither"
+            )
+        encoded = (self.encoder.encode(e.messages, e.response) for e in examples)
+        self._demonstrations = [e for e in encoded if e is not None]
+        if len(self._demonstrations) < len(examples):
+            dropped = len(examples) - len(self._demonstrations)
+            rank_zero_info(f"{dropped} of {len(examples)} demonstrations left out: prompt too long")
+            if not self._demonstrations:
+                raise InputError(
+                    f"all {dropped} demonstrations are longer than max_prompt_tokens; raise it in "
+                    "the supervised stage's chat"
+                )
 
     def _check_processes(self) -> None:
         """
@@ -428,14 +462,6 @@ class Policy(AdapterModule):
         model = load_causal_lm(BackboneSource(str(folder), dtype=dtype), self.device)
         self._other = Backbone(model.to(self.device))
         return False
-
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        wrapper = self.trainer.strategy.model
-        if isinstance(wrapper, DistributedDataParallel):
-            # It would exchange gradients after every backward pass, of which a step has several;
-            # `processes.sum_gradients` does it once.
-            wrapper.require_backward_grad_sync = False
 
     def configure_optimizers(self) -> Any:
         actor: list[torch.nn.Parameter] = []
@@ -617,6 +643,7 @@ class Policy(AdapterModule):
     # -- one update ----------------------------------------------------------------------------
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> None:
+        self._sync_by_hand()
         self.candidate = None
         batch = batch.repeat(self.learner.samples_per_prompt)
         seeds = [
@@ -637,6 +664,16 @@ class Policy(AdapterModule):
         self._report(rollout, targets, violations, statistics, phases)
         self._warn_at_cap(rollout)
         self._warn_truncated(rollout)
+
+    def _sync_by_hand(self) -> None:
+        """Keeps DDP from exchanging gradients after each of a step's backward passes.
+
+        Some passes do not reach all weights, which it would refuse; `processes.sum_gradients` does
+        it once. To be said in every step: Lightning turns the exchange on again after each.
+        """
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            wrapper.require_backward_grad_sync = False
 
     def _steer(self, rollout: Rollout, violations: list[float]) -> None:
         """One step of every multiplier, and of an adaptive β."""
@@ -746,8 +783,9 @@ class Policy(AdapterModule):
             )
             order = torch.randperm(len(rollout.keys), generator=generator)
             epoch_kl = 0.0
-            for rows in order.chunk(self.learner.minibatches):
-                statistics = self._minibatch(rollout, targets, rows)
+            for number, rows in enumerate(order.chunk(self.learner.minibatches)):
+                demonstrations = self._drawn_demonstrations(epoch, number)
+                statistics = self._minibatch(rollout, targets, rows, demonstrations)
                 self.backbone.restore_trainable()
                 trained = list(self.trained())
                 processes.sum_gradients(trained)
@@ -785,7 +823,9 @@ class Policy(AdapterModule):
             )
         return self._skipped_in_a_row == 0
 
-    def _minibatch(self, rollout: Rollout, targets: Targets, rows: Tensor) -> dict[str, float]:
+    def _minibatch(
+        self, rollout: Rollout, targets: Targets, rows: Tensor, demonstrations: list[Encoded]
+    ) -> dict[str, float]:
         """Gradients of one minibatch, a micro-batch at a time; token means over all of it.
 
         With several processes each takes its share of the rows; the gradients are theirs, to be
@@ -799,15 +839,44 @@ class Policy(AdapterModule):
                 f"{processes.rank_and_size()[1]} processes; raise data.init_args.prompts_per_update"
             )
         rollout, targets = rollout.rows(mine), targets.rows(mine)
-        statistics = self._with_room(
-            "micro_batch_size", len(mine), lambda: self._accumulate(rollout, targets, count)
+
+        def attempt() -> dict[str, float]:
+            self.zero_grad()  # of one that ran out of memory
+            return self._accumulate(rollout, targets, count) | self._imitate(demonstrations)
+
+        largest = max(len(mine), len(demonstrations))
+        return processes.summed(self._with_room("micro_batch_size", largest, attempt))
+
+    def _drawn_demonstrations(self, epoch: int, minibatch: int) -> list[Encoded]:
+        """Those of one step: they depend on nothing that a resumed run would have to know."""
+        if not self._demonstrations or self._warming_up:
+            return []
+        generator = torch.Generator().manual_seed(
+            response_seed(self.seed, "ptx", self.updates, epoch, minibatch) % 2**63
         )
-        return processes.summed(statistics)
+        order = torch.randperm(len(self._demonstrations), generator=generator)
+        return [self._demonstrations[i] for i in order[: self.ptx_batch_size].tolist()]
+
+    def _imitate(self, demonstrations: list[Encoded]) -> dict[str, float]:
+        """Gradient of ptx_coefficient · mean(-log π) over the demonstrations' tokens; the mean."""
+        if not demonstrations:
+            return {}
+        count = sum(len(d.response) for d in demonstrations)
+        mine = [demonstrations[i] for i in processes.share(len(demonstrations)).tolist()]
+        mean = 0.0
+        if mine:  # more processes than demonstrations: not all have one
+            tokens = collate(mine, self.encoder.pad_id).to(self.device)
+            for group in tokens.by_length(self.micro_batch_size):
+                part = tokens.rows(group)
+                with self.backbone.role(ACTOR):
+                    loss = -self._log_probs(self.backbone.hidden(part), part).sum() / count
+                    self.manual_backward(self.ptx_coefficient * loss)
+                mean += float(loss.detach())
+        return {"ptx_loss": mean}
 
     def _accumulate(self, rollout: Rollout, targets: Targets, count: Tensor) -> dict[str, float]:
-        """Gradients of these responses, from none, and their shares of the statistics."""
+        """Gradients of these responses, and their shares of the statistics."""
         learner, separate = self.learner, self.learner.critic == "separate"
-        self.zero_grad()  # of an attempt that ran out of memory
         statistics = dict.fromkeys(("policy_loss", "value_loss", "update_kl", "clip_share"), 0.0)
         for group in rollout.tokens.by_length(self.micro_batch_size):
             part, aim = rollout.rows(group), targets.rows(group)

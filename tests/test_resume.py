@@ -267,18 +267,23 @@ FULL = [
     "--model.init_args.learner.init_args.minibatches=2",
     "--model.init_args.multiplier=hcrlhf.multiplier.PIDMultiplier",
     "--model.init_args.adaptive_kl={target: 0.001, gain: 0.5}",
+    "--model.init_args.ptx_coefficient=0.5",
 ]
+
+
+def with_ptx(stages: Path) -> list[str]:
+    return [*FULL, f"--data.init_args.demonstrations={stages / 'world' / 'demonstrations.jsonl'}"]
 
 
 def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
     stages: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, part = tmp_path / "whole" / "run", tmp_path / "part" / "run"
-    last = part / "checkpoints" / "last.ckpt"
-    assert fit(stages, whole, *FULL, callbacks()) == PASSED
+    last, full = part / "checkpoints" / "last.ckpt", with_ptx(stages)
+    assert fit(stages, whole, *full, callbacks()) == PASSED
 
     def killed(method: str, call: int) -> str:
-        more = [*FULL, callbacks(kill=(method, call)), "--ckpt_path", "last"]
+        more = [*full, callbacks(kill=(method, call)), "--ckpt_path", "last"]
         done = subprocess.run(
             [sys.executable, "-m", "hcrlhf", "fit", *policy_arguments(stages, part, *more)],
             cwd=ROOT,
@@ -294,9 +299,9 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
     def updates() -> int:
         return int(torch.load(last, weights_only=True)["policy"]["updates"])
 
-    # In the middle of the second update, before there is any checkpoint: four backward passes make
-    # an update.
-    assert f"no {last} yet: the run begins at its first update" in killed("manual_backward", 6)
+    # In the middle of the second update, before there is any checkpoint: eight backward passes make
+    # an update, four of them of demonstrations.
+    assert f"no {last} yet: the run begins at its first update" in killed("manual_backward", 11)
     assert not last.exists()
     # While the second checkpoint is written: half of it lies there, beside the first.
     killed("save_checkpoint", 2)
@@ -306,7 +311,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
     assert updates() == 6 and not last.with_suffix(".tmp").exists()
 
     caplog.clear()
-    assert fit(stages, part, *FULL, callbacks(), "--ckpt_path", "last") == PASSED
+    assert fit(stages, part, *full, callbacks(), "--ckpt_path", "last") == PASSED
     # Nothing is drawn a second time.
     assert [m for m in caplog.messages if "answered" in m] == ["  30 answered"]
     name = "policy/adapter_model.safetensors"

@@ -21,6 +21,7 @@ from hcrlhf.bounds import betting_upper
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.demo import CONFIGS, POLICIES, Demo
 from hcrlhf.hashing import folder_hashes, json_hash
+from hcrlhf.text import Encoded, collate
 from hcrlhf.world import ModelSizes, WorldSizes
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -1011,6 +1012,66 @@ def test_a_bad_gradient_never_reaches_the_weights_and_the_kl_is_steered(
     assert rises == [kl > 0.001 for kl in column(root, "kl")]
 
 
+def ptx(demo: Path, coefficient: float) -> list[str]:
+    path = demo / "world" / "demonstrations.jsonl"
+    return [
+        f"--data.init_args.demonstrations={path}",
+        f"--model.init_args.ptx_coefficient={coefficient}",
+    ]
+
+
+def test_ptx_adds_the_gradient_of_the_demonstrations_likelihood(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    honest = Policy._imitate
+    compared: list[float] = []
+
+    def gradients(self: Policy) -> list[torch.Tensor]:
+        return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.trained()]
+
+    def compare(self: Policy, demonstrations: list[Encoded]) -> dict[str, float]:
+        parameters, before = list(self.trained()), gradients(self)
+        found = honest(self, demonstrations)
+        added = [new - old for new, old in zip(gradients(self), before, strict=True)]
+        if not compared:
+            # All demonstrations of the step at once, and by autograd alone.
+            tokens = collate(demonstrations, self.encoder.pad_id)
+            with self.backbone.role("policy"):
+                log_probs = self.backbone.log_probs(self.backbone.hidden(tokens), tokens)
+                loss = -log_probs[tokens.response_mask].mean()
+                inside = [p.requires_grad for p in parameters]  # the policy's, no critic's
+                reached = [p for p in parameters if p.requires_grad]
+                expected = iter(torch.autograd.grad(3 * loss, reached, allow_unused=True))
+            for ours, there in zip(added, inside, strict=True):
+                theirs = next(expected) if there else None
+                reference = torch.zeros_like(ours) if theirs is None else theirs
+                torch.testing.assert_close(ours, reference, rtol=1e-3, atol=1e-6)
+            assert found["ptx_loss"] == pytest.approx(float(loss), rel=1e-5)
+            compared.append(max(float(x.abs().max()) for x in added))
+        return found
+
+    monkeypatch.setattr(Policy, "_imitate", compare)
+    root = tmp_path / "run"
+    sizes = ["--model.init_args.ptx_batch_size", "5", "--model.init_args.micro_batch_size", "2"]
+    assert fit(demo, root, *ALWAYS, *ptx(demo, 3.0), *sizes) == PASSED
+    assert compared and compared[0] > 1e-4
+    assert all(0 < x < 8 for x in column(root, "ptx_loss"))
+
+
+def test_ptx_without_its_demonstrations_is_refused(demo: Path, tmp_path: Path, capsys: Any) -> None:
+    only, none = ptx(demo, 1.0)[1:], ptx(demo, 0.0)
+    refuse(demo, tmp_path, capsys, "ptx_coefficient 1 and 0 demonstrations", *only)
+    refuse(demo, tmp_path, capsys, "one needs the other", *none)
+    safety = demo / "world" / "prompts" / "safety.jsonl"
+    rows = [{**json.loads(line), "response": "Yes."} for line in safety.open()]
+    path = tmp_path / "demonstrations.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = [*only, f"--data.init_args.demonstrations={path}"]
+    refuse(demo, tmp_path, capsys, "safety", *more)
+
+
 def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     limits = (
         "--model.init_args.constraints=[{estimand: mean, threshold: 3.5, safety_prompts: 40}, "
@@ -1019,6 +1080,9 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     # Micro-batches and an uneven share, so that nothing fits by accident.
     more = [limits, "--model.init_args.micro_batch_size", "3"]
     more += ["--data.init_args.prompts_per_update", "7"]
+    # Backward passes that reach different weights: the policy, each critic, demonstrations.
+    more += ["--model.init_args.learner.init_args.critic", "separate"]
+    more += [*ptx(demo, 0.5), "--model.init_args.ptx_batch_size", "5"]
     # 40 safety prompts in batches of 13: the last one has a prompt for one process alone.
     more.append(tested(batch_size=13, candidate_check=True))
     assert fit(demo, tmp_path / "one" / "policy", *more) == PASSED
