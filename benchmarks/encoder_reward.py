@@ -35,8 +35,8 @@ from benchmarks.real_data import (
     summarise,
     write_rows,
 )
-from datamodules.files import read_rows
 from hcrlhf.hashing import file_sha256
+from hcrlhf.rows import read_rows
 from hcrlhf.stages import fingerprint
 
 CONFIG = "encoder_reward"

@@ -31,11 +31,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from numpy.typing import NDArray
 from scipy import stats
 
-from datamodules.files import read_rows
-from datamodules.preferences import Label, parse_dialogue, read_pairs
+from datamodules.preferences import Label, read_pairs
 from hcrlhf import cli
 from hcrlhf.examples import Pair, prompt_key, user_turn
 from hcrlhf.preferences import proportion
+from hcrlhf.rows import parse_dialogue, read_rows
 from hcrlhf.stages import FILE as STAGE_FILE
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "real"

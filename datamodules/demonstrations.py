@@ -6,9 +6,10 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from datamodules.files import EncodedLoading, check_batch_size, read_rows, text_field
+from datamodules.files import EncodedLoading, check_batch_size
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, user_turn
+from hcrlhf.rows import read_rows, text_field
 from hcrlhf.splits import split_by_prompt
 
 

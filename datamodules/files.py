@@ -1,12 +1,10 @@
-"""Rows from a file or the hub, loaders from examples."""
+"""Loaders from examples."""
 
 from __future__ import annotations
 
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -16,69 +14,6 @@ from torch.utils.data import DataLoader, Sampler
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples, Prompt
 from hcrlhf.rollouts import response_seed
-from hcrlhf.text import one_line
-
-Row = dict[str, Any]
-Example = TypeVar("Example", bound=Prompt)
-
-FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
-
-
-def read_rows(source: str, split: str = "train") -> list[Row]:
-    """The rows of a local file, or of a data set on the hub.
-
-    Args:
-        source: path of a .json, .jsonl, .csv (each also .gz) or .parquet file, or a hub id.
-        split: of a hub data set.
-
-    Raises:
-        InputError: it does not exist, cannot be parsed or has no rows.
-    """
-    import datasets
-
-    path = Path(source)
-    suffixes = [s.lstrip(".") for s in path.suffixes if s != ".gz"]
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in FORMATS and not path.is_file():
-        raise InputError(f"{source} does not exist; expected a file of examples")
-    if path.is_file() and suffix not in FORMATS:
-        raise InputError(f"{source} is of no known kind; expected one of {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise InputError(f"{source} is a folder; expected a file of examples in it")
-    datasets.disable_progress_bars()
-    try:
-        if path.is_file():
-            # A cache of our own for the moment: a file that was changed in place is read again.
-            with tempfile.TemporaryDirectory() as cache:
-                loaded = datasets.load_dataset(
-                    FORMATS[suffix], data_files=str(path), split="train", cache_dir=cache
-                )
-                rows: list[Row] = loaded.to_list()
-        else:
-            rows = datasets.load_dataset(source, split=split).to_list()
-    except Exception as error:  # the library raises its own, pyarrow's, fsspec's and the hub's
-        cause = error.__cause__ or error
-        what = "cannot be parsed" if path.is_file() else "is neither a file nor a readable data set"
-        raise InputError(f"{source} {what} ({one_line(cause)})") from error
-    if not rows:
-        raise InputError(f"{source} has no rows")
-    return rows
-
-
-def text_field(row: Row, field: str, source: str, index: int) -> str:
-    """row[field], which must be a text that is not empty.
-
-    Raises:
-        InputError: it is missing or not a text.
-    """
-    if field not in row:
-        raise InputError(f"{source} has no column {field!r}; its columns are {', '.join(row)}")
-    value = row[field]
-    if not isinstance(value, str):
-        raise InputError(
-            f"{source}, row {index + 1}: {field!r} is {type(value).__name__}, expected a text"
-        )
-    return value
 
 
 class EncodedLoading(LightningDataModule):

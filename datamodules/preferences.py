@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from datamodules.files import EncodedLoading, Row, check_batch_size, read_rows, text_field
+from datamodules.files import EncodedLoading, check_batch_size
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, Pair, user_turn
+from hcrlhf.rows import Row, parse_dialogue, read_rows, text_field
 from hcrlhf.splits import split_by_prompt
 
 Label = Literal["better", "safer"]
-
-TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 
 class Preferences(EncodedLoading):
@@ -195,27 +193,3 @@ def _from_dialogues(row: Row, path: str, index: int) -> Pair | None:
     if chosen[:-1] != rejected[:-1]:
         return None
     return _pair(chosen[:-1], chosen[-1]["content"], rejected[-1]["content"])
-
-
-def parse_dialogue(text: str, path: str, index: int) -> tuple[Message, ...]:
-    """The turns of "\\n\\nHuman: … \\n\\nAssistant: …"; the last one is the assistant's.
-
-    Two turns of one speaker in a row are one turn.
-
-    Raises:
-        InputError: it does not begin with Human or not end with Assistant.
-    """
-    parts = TURN.split(text)
-    turns: list[Message] = []
-    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
-        role = "user" if speaker == "Human" else "assistant"
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + content.strip()
-        else:
-            turns.append(Message(role=role, content=content.strip()))
-    if len(turns) < 2 or turns[0]["role"] != "user" or turns[-1]["role"] != "assistant":
-        raise InputError(
-            f"{path}, row {index + 1}: expected a dialogue from '\\n\\nHuman:' to "
-            f"'\\n\\nAssistant:', got {text[:40]!r}…"
-        )
-    return tuple(turns)

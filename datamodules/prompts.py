@@ -10,10 +10,11 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datamodules.demonstrations import read_demonstrations
-from datamodules.files import EncodedLoading, check_batch_size, read_rows, text_field
+from datamodules.files import EncodedLoading, check_batch_size
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, Prompt, user_turn
 from hcrlhf.rollouts import response_seed
+from hcrlhf.rows import read_rows, text_field
 from hcrlhf.splits import require_disjoint
 
 
@@ -27,7 +28,8 @@ class Prompts(EncodedLoading):
         evaluation: prompts for `predict`.
         demonstrations: prompts with responses, which `ptx_coefficient` of the policy keeps likely;
             as a rule those of the supervised stage.
-        field: name of the column of prompts. response_field: of the demonstrations' responses.
+        field: name of the column of prompts.
+        demonstration_fields: names of the demonstrations' columns of prompts and responses.
         prompts_per_update: prompts of one rollout.
         updates: rollouts of the run; the training prompts are gone through as often as needed, in
             a new order each time.
@@ -43,7 +45,7 @@ class Prompts(EncodedLoading):
         evaluation: str | None = None,
         demonstrations: str | None = None,
         field: str = "prompt",
-        response_field: str = "response",
+        demonstration_fields: tuple[str, str] = ("prompt", "response"),
         prompts_per_update: int = 64,
         updates: int = 100,
         batch_size: int = 64,
@@ -56,8 +58,8 @@ class Prompts(EncodedLoading):
             "safety": safety,
             "evaluation": evaluation,
         }
-        self.demonstrations_path = demonstrations
-        self.field, self.response_field = field, response_field
+        self.demonstrations_path, self.demonstration_fields = demonstrations, demonstration_fields
+        self.field = field
         self.prompts_per_update = check_batch_size(prompts_per_update, "prompts_per_update")
         self.updates = check_batch_size(updates, "updates")
         self.batch_size = check_batch_size(batch_size)
@@ -71,7 +73,7 @@ class Prompts(EncodedLoading):
         }
         if self.demonstrations_path is not None:
             self.demonstrations = read_demonstrations(
-                self.demonstrations_path, self.field, self.response_field
+                self.demonstrations_path, *self.demonstration_fields
             )
         if "safety" in self.prompts:
             safety = [p.key for p in self.prompts["safety"]]

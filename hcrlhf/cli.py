@@ -26,6 +26,7 @@ USAGE = """usage: hcrlhf COMMAND ...
   test      run the safety test of a policy: --config ... --ckpt_path ..., or --policy FOLDER
   predict   write a policy's responses to the evaluation prompts
 
+  split     disjoint files of prompts, and stage data without the held-out ones
   doctor    foretell the memory of a stage and check its config, before weights are loaded
 
   certify   bound a table of costs: hcrlhf certify costs.csv --constraint mean:0 --upper 5 ...
@@ -82,9 +83,14 @@ def _run(arguments: list[str]) -> int:
         return _export(rest)
     if command == "doctor":
         return _doctor(rest)
+    if command == "split":
+        from hcrlhf import holdout
+
+        holdout.main(rest)
+        return PASSED
     if command in PLAIN_COMMANDS:
         return _plain(command)(rest)
-    known = [*TRAINER_COMMANDS, *PLAIN_COMMANDS, "demo", "world", "doctor", "export"]
+    known = [*TRAINER_COMMANDS, *PLAIN_COMMANDS, "demo", "world", "doctor", "split", "export"]
     raise InputError(f"no command {command!r}{did_you_mean(command, known)}; see hcrlhf --help")
 
 

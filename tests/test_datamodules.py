@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from datamodules import Demonstrations, Preferences, Prompts
-from datamodules.files import read_rows
-from datamodules.preferences import parse_dialogue, read_pairs
+from datamodules.preferences import read_pairs
 from datamodules.prompts import UpdateSampler
 from hcrlhf.errors import InputError
+from hcrlhf.rows import parse_dialogue, read_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -1,0 +1,103 @@
+"""Rows of files and of data sets on the hub, and the texts in them."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hcrlhf.errors import InputError
+from hcrlhf.examples import Message
+from hcrlhf.text import one_line
+
+Row = dict[str, Any]
+
+TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
+
+
+def read_rows(source: str, split: str = "train") -> list[Row]:
+    """The rows of a local file, or of a data set on the hub.
+
+    Args:
+        source: path of a .json, .jsonl, .csv (each also .gz) or .parquet file, or a hub id; with a
+            third part, a folder of that data set ("Anthropic/hh-rlhf/helpful-base").
+        split: of a hub data set.
+
+    Raises:
+        InputError: it does not exist, cannot be parsed or has no rows.
+    """
+    import datasets
+
+    path = Path(source)
+    suffixes = [s.lstrip(".") for s in path.suffixes if s != ".gz"]
+    suffix = suffixes[-1] if suffixes else ""
+    if suffix in FORMATS and not path.is_file():
+        raise InputError(f"{source} does not exist; expected a file of examples")
+    if path.is_file() and suffix not in FORMATS:
+        raise InputError(f"{source} is of no known kind; expected one of {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise InputError(f"{source} is a folder; expected a file of examples in it")
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            # A cache of our own for the moment: a file that was changed in place is read again.
+            with tempfile.TemporaryDirectory() as cache:
+                loaded = datasets.load_dataset(
+                    FORMATS[suffix], data_files=str(path), split="train", cache_dir=cache
+                )
+                rows: list[Row] = loaded.to_list()
+        else:
+            owner, _, rest = source.partition("/")
+            name, _, folder = rest.partition("/")
+            options = {"data_dir": folder} if folder else {}
+            hub_id = f"{owner}/{name}" if name else owner
+            rows = datasets.load_dataset(hub_id, split=split, **options).to_list()
+    except Exception as error:  # the library raises its own, pyarrow's, fsspec's and the hub's
+        cause = error.__cause__ or error
+        what = "cannot be parsed" if path.is_file() else "is neither a file nor a readable data set"
+        raise InputError(f"{source} {what} ({one_line(cause)})") from error
+    if not rows:
+        raise InputError(f"{source} has no rows")
+    return rows
+
+
+def text_field(row: Row, field: str, source: str, index: int) -> str:
+    """row[field], which must be a text that is not empty.
+
+    Raises:
+        InputError: it is missing or not a text.
+    """
+    if field not in row:
+        raise InputError(f"{source} has no column {field!r}; its columns are {', '.join(row)}")
+    value = row[field]
+    if not isinstance(value, str):
+        raise InputError(
+            f"{source}, row {index + 1}: {field!r} is {type(value).__name__}, expected a text"
+        )
+    return value
+
+
+def parse_dialogue(text: str, path: str, index: int) -> tuple[Message, ...]:
+    """The turns of "\\n\\nHuman: … \\n\\nAssistant: …"; the last one is the assistant's.
+
+    Two turns of one speaker in a row are one turn.
+
+    Raises:
+        InputError: it does not begin with Human or not end with Assistant.
+    """
+    parts = TURN.split(text)
+    turns: list[Message] = []
+    for speaker, content in zip(parts[1::2], parts[2::2], strict=True):
+        role = "user" if speaker == "Human" else "assistant"
+        if turns and turns[-1]["role"] == role:
+            turns[-1]["content"] += "\n\n" + content.strip()
+        else:
+            turns.append(Message(role=role, content=content.strip()))
+    if len(turns) < 2 or turns[0]["role"] != "user" or turns[-1]["role"] != "assistant":
+        raise InputError(
+            f"{path}, row {index + 1}: expected a dialogue from '\\n\\nHuman:' to "
+            f"'\\n\\nAssistant:', got {text[:40]!r}…"
+        )
+    return tuple(turns)
