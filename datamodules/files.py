@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, DistributedSampler, Sampler
 
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples, Prompt
+from hcrlhf.processes import rank_and_size
 from hcrlhf.rollouts import response_seed
 
 
@@ -70,15 +71,29 @@ class EncodedLoading(LightningDataModule):
         return self.trainer.fit_loop.batch_idx + 1 if self.trainer is not None else 0
 
 
-class EpochSampler(Sampler[int]):
+class EpochSampler(DistributedSampler[int]):
     """All examples, in an order of its own in every epoch: a function of (seed, epoch) alone.
 
+    Of several processes each takes every so manieth place of that order; what is left over at its
+    end, fewer examples than processes, is left out of that epoch.
+
     Args:
-        done: how many examples of the epoch are behind the module when an iteration begins; they
-            are left out, so that a resumed run goes on where the broken one was.
+        done: how many of its examples of the epoch are behind this process when an iteration
+            begins; they are left out, so that a resumed run goes on where the broken one was.
+
+    Raises:
+        InputError: there are fewer examples than processes.
     """
 
     def __init__(self, examples: int, seed: int, done: Callable[[], int] = lambda: 0) -> None:
+        # Not its own constructor, which wants a data set: Lightning only asks for the class, and
+        # leaves a sampler of it alone.
+        Sampler.__init__(self)
+        self.rank, self.num_replicas = rank_and_size()
+        if examples < self.num_replicas:
+            raise InputError(
+                f"{examples} examples cannot be shared by {self.num_replicas} processes"
+            )
         self.examples, self.seed, self.done = examples, seed, done
         self.epoch = 0
 
@@ -87,13 +102,15 @@ class EpochSampler(Sampler[int]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.examples
+        return self.examples // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(
             response_seed(self.seed, "order", self.epoch) % 2**63
         )
-        yield from torch.randperm(self.examples, generator=generator).tolist()[self.done() :]
+        order = torch.randperm(self.examples, generator=generator).tolist()
+        own = order[self.rank : len(self) * self.num_replicas : self.num_replicas]
+        yield from own[self.done() :]
 
 
 def check_batch_size(value: int, name: str = "batch_size") -> int:

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from hcrlhf import optimizers
+from hcrlhf import optimizers, processes
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.errors import InputError
 from hcrlhf.resume import rng_state, set_rng_state
@@ -153,17 +153,19 @@ class StageModule(LightningModule):
             group["lr"] = rate * factor(scheduler.last_epoch)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rng"] = rng_state(self.device)
+        checkpoint["rng"] = processes.gathered(rng_state(self.device))  # of each process
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != "fit":
             return
-        if self.trainer.world_size > 1:
+        rank, size = processes.rank_and_size()
+        states = checkpoint.get("rng", [None] * size)
+        if len(states) != size:
             raise InputError(
-                "a fit of several processes cannot go on from a checkpoint so far: the order of "
-                "the data would be another; begin it anew"
+                f"the checkpoint is of a fit with {len(states)} processes, this one has {size}; go "
+                "on with as many, or begin it anew"
             )
-        self._rng = checkpoint.get("rng")
+        self._rng = states[rank]
 
 
 class AdapterModule(StageModule):

@@ -5,6 +5,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from datamodules.files import EpochSampler
@@ -181,6 +183,23 @@ def test_an_epoch_goes_on_after_the_examples_that_are_behind() -> None:
     assert list(whole) == first
 
 
+def test_processes_share_an_epoch_and_each_goes_on_in_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alone = list(EpochSampler(11, seed=3))
+
+    def of(rank: int, done: int = 0) -> EpochSampler:
+        monkeypatch.setattr("datamodules.files.rank_and_size", lambda: (rank, 3))
+        return EpochSampler(11, 3, lambda: done)
+
+    shares = [list(of(rank)) for rank in range(3)]
+    assert shares == [alone[rank:9:3] for rank in range(3)]  # 9 of 11: as many for each
+    assert [len(of(rank)) for rank in range(3)] == [3, 3, 3]
+    assert list(of(1, done=2)) == shares[1][2:]
+    with pytest.raises(InputError, match="2 examples cannot be shared by 3 processes"):
+        EpochSampler(2, 3)
+
+
 # -- runs ------------------------------------------------------------------------------------------
 
 
@@ -197,6 +216,10 @@ def stages(tmp_path_factory: pytest.TempPathFactory, encoder_folder: Path) -> Pa
 
 
 def fit_stage(stages: Path, name: str, root: Path, *more: str) -> int:
+    return main(["fit", *stage_arguments(stages, name, root), *more])
+
+
+def stage_arguments(stages: Path, name: str, root: Path) -> list[str]:
     world = stages / "world"
     configs = CONFIGS.parent / "real" if name == "encoder_reward" else CONFIGS
     arguments = ["--config", str(configs / f"{name}.yaml"), "--trainer.default_root_dir", str(root)]
@@ -210,7 +233,7 @@ def fit_stage(stages: Path, name: str, root: Path, *more: str) -> int:
     else:
         arguments += ["--data.init_args.path", str(world / "preferences.jsonl")]
         arguments += ["--model.init_args.sft", str(stages / "sft")]
-    return main(["fit", *arguments, *more])
+    return arguments
 
 
 def policy_arguments(stages: Path, root: Path, *more: str) -> list[str]:
@@ -324,7 +347,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
         torch.load(f / "checkpoints/last.ckpt", weights_only=True) for f in (part, whole)
     )
     assert mine["policy"] == yours["policy"]
-    assert mine["rng"]["numpy"] == yours["rng"]["numpy"]
+    assert mine["rng"][0]["numpy"] == yours["rng"][0]["numpy"]
     assert mine["lr_schedulers"] == yours["lr_schedulers"]
 
 
@@ -573,12 +596,57 @@ def test_a_finished_stage_is_not_trained_on(
     assert "already holds a finished stage" in capsys.readouterr().err
 
 
-def test_a_fit_of_several_processes_does_not_go_on() -> None:
+def test_a_fit_goes_on_with_as_many_processes() -> None:
     from lightning_modules import Supervised
 
-    fitting = SimpleNamespace(state=SimpleNamespace(fn="fit"), world_size=2)
+    fitting = SimpleNamespace(state=SimpleNamespace(fn="fit"))
     module: Any = SimpleNamespace(trainer=fitting)
-    with pytest.raises(InputError, match="begin it anew"):
-        Supervised.on_load_checkpoint(module, {"rng": {}})
+    with pytest.raises(InputError, match="of a fit with 2 processes, this one has 1"):
+        Supervised.on_load_checkpoint(module, {"rng": [{}, {}]})
     fitting.state.fn = "validate"
-    Supervised.on_load_checkpoint(module, {"rng": {}})
+    Supervised.on_load_checkpoint(module, {"rng": [{}, {}]})
+
+
+@pytest.mark.parametrize("stage", ["cost", "policy"])
+def test_two_processes_that_are_killed_go_on_to_the_same_bytes(
+    stages: Path, tmp_path: Path, stage: str
+) -> None:
+    kill = {"class_path": "breaking.Kill", "init_args": {"method": "training_step", "call": 4}}
+
+    def run(name: str, processes: int, *more: str, broken: bool = False) -> Path:
+        root = tmp_path / name / "run"
+        options = ["--trainer.devices", str(processes), *more]
+        if processes > 1:
+            options += ["--trainer.strategy", "ddp"]
+        if stage == "policy":
+            end = ("training_step", 4) if broken else None
+            arguments = policy_arguments(stages, root, *with_ptx(stages), callbacks(kill=end))
+        else:
+            arguments = [*stage_arguments(stages, stage, root), *TWICE]
+            # Full batches alone, so that one process can make the same ones.
+            options += ["--data.init_args.batch_size", str(32 // processes)]
+            options += ["--trainer.limit_train_batches", "2"]
+            if broken:
+                options.append(f"--trainer.callbacks={json.dumps([*EVERY, kill])}")
+        done = subprocess.run(
+            [sys.executable, "-m", "hcrlhf", "fit", *arguments, *options],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == (-signal.SIGKILL if broken else PASSED), done.stderr
+        return root / ("policy" if stage == "policy" else "")
+
+    def weights(folder: Path) -> bytes:
+        return (folder / "adapter_model.safetensors").read_bytes()
+
+    run("part", 2, broken=True)
+    part = weights(run("part", 2, "--ckpt_path", "last"))
+    if stage == "policy":
+        same = part == weights(run("whole", 2))
+        assert same
+    else:  # half of the batch in each process is the batch of one
+        one = safetensors.torch.load(weights(run("one", 1)))
+        for name, tensor in safetensors.torch.load(part).items():
+            torch.testing.assert_close(tensor, one[name], atol=1e-5, rtol=1e-4)
