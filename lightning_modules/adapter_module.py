@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from hcrlhf import optimizers, processes
@@ -18,7 +19,6 @@ from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
 from hcrlhf.text import TextEncoder, Tokens
 
-SHARDING = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 QUANTISES_ADAPTERS = (
     "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing to train; "
     "remove it and set quantization: nf4 on the module"
@@ -76,6 +76,17 @@ class StageModule(LightningModule):
         return Path(self.trainer.default_root_dir)
 
     def setup(self, stage: str) -> None:
+        """
+        Raises:
+            InputError: a precision or a strategy that would break adapters.
+        """
+        strategy = self.trainer.strategy
+        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
+            raise InputError(
+                f"trainer.strategy {type(strategy).__name__} would split weights between "
+                "processes, and adapters, heads and packed 4-bit weights are switched and saved "
+                "whole; set trainer.strategy: ddp, or trainer.devices: 1"
+            )
         precision = type(self.trainer.precision_plugin).__name__
         if precision == "BitsandbytesPrecision":
             raise InputError(QUANTISES_ADAPTERS)
@@ -176,17 +187,7 @@ class AdapterModule(StageModule):
     encoder: TextEncoder
 
     def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
-        """The frozen backbone of this run (trainable as a whole with `full`).
-
-        Raises:
-            InputError: a strategy that shards weights meets 4-bit ones.
-        """
-        strategy = type(self.trainer.strategy).__name__
-        if source.quantization == "nf4" and strategy in SHARDING:
-            raise InputError(
-                f"trainer.strategy {strategy} shards weights, which packed 4-bit weights do not "
-                "survive; use quantization: none, or a strategy that keeps the backbone whole"
-            )
+        """The frozen backbone of this run (trainable as a whole with `full`)."""
         model = load_causal_lm(source, self.device)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -309,15 +308,8 @@ class Policy(AdapterModule):
     def _check_processes(self) -> None:
         """
         Raises:
-            InputError: several processes, but not as copies that see the same batches.
+            InputError: several processes that would not see the same batches.
         """
-        strategy = self.trainer.strategy
-        if not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
-            raise InputError(
-                f"the policy stage switches adapters on one backbone, which "
-                f"{type(strategy).__name__} would split; set trainer.strategy: ddp, or "
-                "trainer.devices: 1"
-            )
         # Lightning has no public way to ask for this setting.
         connector = self.trainer._accelerator_connector
         if self.trainer.world_size > 1 and connector.use_distributed_sampler:

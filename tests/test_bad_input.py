@@ -5,14 +5,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from lightning import LightningModule
 
 from hcrlhf.cli import main
 from hcrlhf.errors import InputError
 from hcrlhf.lightning_cli import short_error
-from hcrlhf.stages import BackboneSource
-from lightning_modules.adapter_module import AdapterModule
+from lightning_modules import Policy, Preference, PreferenceClassifier, Supervised
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -172,8 +173,11 @@ def test_a_parser_message_of_many_lines_becomes_one() -> None:
 
 
 @pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy"])
-def test_weights_of_4_bit_are_not_sharded(strategy: str) -> None:
+@pytest.mark.parametrize("module", [Supervised, Preference, PreferenceClassifier, Policy])
+def test_strategies_that_split_weights_are_refused(module: Any, strategy: str) -> None:
     # A stand-in: the real strategies refuse a machine without a GPU before we are asked.
-    stub = SimpleNamespace(trainer=SimpleNamespace(strategy=type(strategy, (), {})()))
-    with pytest.raises(InputError, match=f"{strategy} shards weights.*quantization: none"):
-        AdapterModule.build_backbone(stub, BackboneSource("nowhere", quantization="nf4"))
+    stub = module.__new__(module)
+    LightningModule.__init__(stub)
+    stub._trainer = SimpleNamespace(strategy=type(strategy, (), {})(), world_size=2)
+    with pytest.raises(InputError, match=f"{strategy} would split.*set trainer.strategy: ddp"):
+        stub.setup("fit")

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -79,14 +78,6 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run()
 def test_settings_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         policy(**options)
-
-
-@pytest.mark.parametrize("strategy", ["FSDPStrategy", "DeepSpeedStrategy"])
-def test_strategies_that_split_the_model_are_refused(strategy: str) -> None:
-    module = policy()
-    module._trainer = SimpleNamespace(strategy=type(strategy, (), {})(), world_size=2)
-    with pytest.raises(InputError, match=f"{strategy} would split; set trainer.strategy: ddp"):
-        module._check_processes()
 
 
 def test_after_the_warm_up_multipliers_and_kl_coefficient_are_steered() -> None:
