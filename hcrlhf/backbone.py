@@ -29,6 +29,18 @@ BASE = "__base__"
 HEAD_FILE = "head.safetensors"
 LOGITS = 2**24
 ADAPTER_FILE = "adapter_model.safetensors"
+LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
+# Of PEFT's LoraConfig: what leaves an adapter W + scale · B A, whatever its value.
+PLAIN_SETTINGS = {
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("task_type", "auto_mapping", "peft_type", "peft_version", "inference_mode"),
+    *("fan_in_fan_out", "base_model_name_or_path", "revision"),
+}
+ONLY_PLAIN = (
+    "expected plain LoRA, which adds B A to linear layers and nothing else; merge it into its "
+    "model and give that"
+)
 
 
 @dataclass(frozen=True)
@@ -144,14 +156,17 @@ class Backbone(nn.Module):
         """The adapter that a stage left in `folder`.
 
         Raises:
-            InputError: it does not fit this backbone.
+            InputError: it is not plain LoRA, or does not fit this backbone.
         """
         from peft import PeftConfig, set_peft_model_state_dict
 
         config = PeftConfig.from_pretrained(str(folder))
+        _require_plain_lora(config, folder)
         config.inference_mode = False
         config.base_model_name_or_path = None  # `hcrlhf.json` names the base, by its fingerprint
         state = safetensors.torch.load_file(Path(folder) / ADAPTER_FILE)
+        if others := [key for key in state if not key.endswith(LORA_KEYS)]:
+            raise InputError(f"the adapter in {folder} holds {others[0]}; {ONLY_PLAIN}")
         self._add(name, config)
         try:
             result: Any = set_peft_model_state_dict(self.model, state, adapter_name=name)
@@ -511,6 +526,23 @@ class Backbone(nn.Module):
 def token_chunk(vocabulary: int) -> int:
     """How many tokens go through the output layer together: LOGITS logits, 64 MiB in float32."""
     return max(1, LOGITS // vocabulary)
+
+
+def _require_plain_lora(config: Any, folder: str | Path) -> None:
+    """
+    Raises:
+        InputError: an adapter that is more than W + scale · B A: merged for sampling, or side by
+            side with others, it would not be what its folder is elsewhere.
+    """
+    from peft import LoraConfig
+
+    if not isinstance(config, LoraConfig):
+        raise InputError(f"the adapter in {folder} is {type(config).__name__}; {ONLY_PLAIN}")
+    default = LoraConfig().to_dict()
+    for name, value in config.to_dict().items():
+        usual = not value or value == default.get(name) or name in PLAIN_SETTINGS
+        if not usual and (name, value) != ("init_lora_weights", "gaussian"):
+            raise InputError(f"the adapter in {folder} has {name}: {value}; {ONLY_PLAIN}")
 
 
 def token_log_probs(

@@ -798,6 +798,69 @@ def test_an_adapter_of_another_shape_is_an_input_error(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.filterwarnings("ignore")  # what PEFT says of such adapters
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "use_dora: True"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: pissa"),
+        ({"bias": "all"}, "bias: all"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, "embed_tokens"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": [5], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_an_adapter_that_is_more_than_lora_is_refused_and_not_merged_wrongly(
+    model_folder: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], **options})
+    model: Any = get_peft_model(load_causal_lm(BackboneSource(str(model_folder))), config)
+    model.save_pretrained(str(tmp_path))
+    with pytest.raises(InputError, match=f"{message}.*expected plain LoRA"):
+        load(model_folder).load_role("policy", tmp_path, trainable=False)
+
+
+def test_settings_of_other_tools_that_stay_plain_lora_are_read_as_peft_reads_them(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=3,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        use_rslora=True,
+        rank_pattern={"v_proj": 2},
+        alpha_pattern={"down_proj": 7},
+        lora_dropout=0.1,
+        init_lora_weights="gaussian",
+        layers_to_transform=[1],
+    )
+    theirs: Any = get_peft_model(load_causal_lm(BackboneSource(str(model_folder))), config)
+    torch.manual_seed(1)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_()
+    theirs.save_pretrained(str(tmp_path))
+    ours, tokens = load(model_folder), batch()
+    ours.add_role("other", trainable=False)
+    ours.load_role("policy", tmp_path, trainable=False)
+    ids = tokens.input_ids[:1, tokens.attention_mask[0]]
+    expected = theirs.eval()(ids).logits.log_softmax(-1)
+    row = tokens.rows(slice(0, 1)).without_common_padding()
+    for context in (ours.merged("policy"), ours.role("policy")):
+        with torch.no_grad(), context:
+            ours.eval()
+            found = ours.log_probs(ours.hidden(row), row)[row.response_mask[:1]]
+        targets = ids[0, row.prompt_length :]
+        reference = expected[0, row.prompt_length - 1 : -1].gather(1, targets[:, None])[:, 0]
+        torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_loads_without_a_warning_after_its_backbone_has_moved(
     roles: Backbone, model_folder: Path, tmp_path: Path
 ) -> None:
