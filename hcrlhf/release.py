@@ -12,7 +12,7 @@ from typing import Any
 
 from hcrlhf.errors import InputError
 from hcrlhf.rollouts import Decoding
-from hcrlhf.text import TextEncoder, load_tokenizer
+from hcrlhf.text import TextEncoder, load_tokenizer, one_line
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -65,6 +65,12 @@ def _require_same_tokenizer(folder: Path, encoder: TextEncoder) -> None:
             f"policy: the tokenizer in {folder} has another vocabulary than that of {tested}, "
             "whose cost model would read other tokens"
         )
+    if changed := _differing(_rules(own), _rules(encoder.tokenizer)):
+        raise InputError(
+            f"policy: the tokenizer in {folder} reads texts otherwise than that of {tested} "
+            f"({', '.join(changed)} differ), so that it would see other prompts than in the test; "
+            f"save the tokenizer of {tested} in it"
+        )
     if own.chat_template != encoder.template:
         raise InputError(
             f"policy: the tokenizer in {folder} has another chat template than the test asks with; "
@@ -72,14 +78,34 @@ def _require_same_tokenizer(folder: Path, encoder: TextEncoder) -> None:
         )
 
 
+def _rules(tokenizer: Any) -> dict[str, Any]:
+    """How texts become tokens; padding and truncation are set by each use."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    return [name for name in sorted(a.keys() | b.keys()) if a.get(name) != b.get(name)]
+
+
 def _require_same_decoding(folder: Path, decoding: Decoding, encoder: TextEncoder) -> None:
     from transformers import GenerationConfig
 
-    own = GenerationConfig.from_pretrained(str(folder)).to_dict()
+    try:
+        own = GenerationConfig.from_pretrained(str(folder)).to_dict()
+    except Exception as error:  # of JSON, of types, of values that exclude one another
+        raise InputError(
+            f"policy: {folder / GENERATION_FILE} cannot be read ({one_line(error)})"
+        ) from error
     tested = GenerationConfig(**generation_keys(decoding, encoder)).to_dict()
-    names = sorted((own.keys() | tested.keys()) - WITHOUT_EFFECT)
+    names = [name for name in _differing(own, tested) if name not in WITHOUT_EFFECT]
     pairs = {name: (own.get(name), tested.get(name)) for name in names}
-    others = [f"{n} {a} (tested: {b})" for n, (a, b) in pairs.items() if not _same(n, a, b)]
+    others = [
+        f"{name} {a} (tested: {b})"
+        for name, (a, b) in pairs.items()
+        if name != "eos_token_id" or _ids(a) != _ids(b)
+    ]
     if others:
         raise InputError(
             f"policy: {folder / GENERATION_FILE} lets it answer otherwise than it is tested: "
@@ -88,11 +114,6 @@ def _require_same_decoding(folder: Path, decoding: Decoding, encoder: TextEncode
         )
 
 
-def _same(name: str, own: Any, tested: Any) -> bool:
-    if name == "eos_token_id":  # one id or several
-        return _ids(own) == _ids(tested)
-    return bool(own == tested)
-
-
 def _ids(value: Any) -> set[int]:
+    """Of one id, several or none."""
     return {value} if isinstance(value, int) else set(value or ())

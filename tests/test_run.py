@@ -1247,7 +1247,14 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     ]:
         (wrong / "generation_config.json").write_text(json.dumps({**generation, **change}))
         says(outcome_of(demo, wrong, root), words)
+    (wrong / "generation_config.json").write_text("{")
+    says(outcome_of(demo, wrong, root), "generation_config.json cannot be read")
     shutil.copy(given / "generation_config.json", wrong)
+    rules = read(given / "tokenizer.json")
+    rules["normalizer"] = {"type": "Lowercase"}
+    (wrong / "tokenizer.json").write_text(json.dumps(rules))
+    says(outcome_of(demo, wrong, root), "reads texts otherwise than that of")
+    shutil.copy(given / "tokenizer.json", wrong)
     (wrong / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     says(outcome_of(demo, wrong, root), "has another chat template than the test asks with")
     last = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
