@@ -851,12 +851,10 @@ class Policy(AdapterModule):
 
     def _imitate(self, demonstrations: list[Encoded]) -> dict[str, float]:
         """Gradient of ptx_coefficient · mean(-log π) over the demonstrations' tokens; the mean."""
-        if not demonstrations:
-            return {}
         count = sum(len(d.response) for d in demonstrations)
         mine = [demonstrations[i] for i in processes.share(len(demonstrations)).tolist()]
         mean = 0.0
-        if mine:  # more processes than demonstrations: not all have one
+        if mine:  # not where there are none, or more processes than demonstrations
             tokens = collate(mine, self.encoder.pad_id).to(self.device)
             for group in tokens.by_length(self.micro_batch_size):
                 part = tokens.rows(group)

@@ -1087,21 +1087,35 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     more.append(tested(batch_size=13, candidate_check=True))
     assert fit(demo, tmp_path / "one" / "policy", *more) == PASSED
     root = tmp_path / "two" / "policy"
-    arguments = policy_arguments(demo, root, *more, "--trainer.devices", "2")
-    finished = subprocess.run(
-        [sys.executable, "-m", "hcrlhf", "fit", *arguments, "--trainer.strategy", "ddp"],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    more += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+    def run(*extra: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "hcrlhf", "fit", *policy_arguments(demo, root, *more), *extra],
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent)},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    # Both are killed in the third update, and go on from their second one.
+    kill = {"class_path": "breaking.Kill", "init_args": {"method": "_constrain", "call": 3}}
+    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
+    test = {
+        "class_path": "callbacks.SafetyTest",
+        "init_args": {"batch_size": 13, "candidate_check": True},
+    }
+    assert run(f"--trainer.callbacks={json.dumps([every, test, kill])}").returncode == -9
+    finished = run("--ckpt_path", "last")
     assert finished.returncode == PASSED, finished.stderr
     assert finished.stdout.count("verdict: PASS") == 1
 
-    rows = [
-        list(csv.DictReader((folder / "metrics.csv").open()))
-        for folder in (tmp_path / "one" / "policy", root)
-    ]
+    def figures(*files: Path) -> list[dict[str, str]]:
+        return [row for file in files for row in csv.DictReader(file.open())]
+
+    alone = tmp_path / "one" / "policy"
+    rows = figures(alone / "metrics.csv"), figures(root / "metrics-1.csv", root / "metrics.csv")
     assert len(rows[0]) == len(rows[1])
     compared = 0
     for one, two in zip(*rows, strict=True):
