@@ -28,13 +28,13 @@ def rank_and_size() -> tuple[int, int]:
 def share(count: int) -> Tensor:
     """Which of `count` rows are this process's: rank, rank + size, rank + 2 size, …"""
     rank, size = rank_and_size()
-    return torch.arange(rank, count, size)
+    return torch.arange(count)[rank::size]  # none where there are fewer rows than processes
 
 
 def in_order(count: int) -> Tensor:
     """Sorts rows that stand as `gathered` shares of `count` rows back into their own order."""
     _, size = rank_and_size()
-    return torch.cat([torch.arange(rank, count, size) for rank in range(size)]).argsort()
+    return torch.cat([torch.arange(count)[rank::size] for rank in range(size)]).argsort()
 
 
 def gathered(value: T) -> list[T]:
