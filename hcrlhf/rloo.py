@@ -48,7 +48,8 @@ class RLOO(ClippedPolicy):
     its tokens. With one epoch and one minibatch the ratio is 1 and this is plain REINFORCE.
 
     Args:
-        samples_per_prompt: K >= 2 responses to every prompt of a rollout.
+        samples_per_prompt: K responses to every prompt of a rollout, whose others are the baseline.
+            With K = 1 these are the responses to the other prompts: more noise, more prompts.
         epochs, minibatches: passes over a rollout and optimizer steps per pass.
         clip: ε of the probability ratio, where a rollout is used more than once.
         standardise: divide all advantages of a rollout by their standard deviation (never per
@@ -71,12 +72,7 @@ class RLOO(ClippedPolicy):
     value_coefficient = 0.0
 
     def __post_init__(self) -> None:
-        if self.samples_per_prompt < 2:
-            raise InputError(
-                f"samples_per_prompt of RLOO is at least 2, got {self.samples_per_prompt}: each "
-                "response's baseline are the others"
-            )
-        for name in ("epochs", "minibatches"):
+        for name in ("samples_per_prompt", "epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise InputError(
                     f"{name} of RLOO is a whole number >= 1, got {getattr(self, name)}"
@@ -96,7 +92,9 @@ class RLOO(ClippedPolicy):
         """One advantage per response, on each of its tokens; no returns."""
         mask = rollout.tokens.response_mask
         returns = lagrangian_advantage(scores, multipliers) - kl_coefficient * rollout.kl.sum(dim=1)
-        advantages = leave_one_out(returns, rollout.keys)
+        # Other prompts' responses do not depend on this one either, so no K makes a bias.
+        keys = rollout.keys if self.samples_per_prompt > 1 else ("",) * len(rollout.keys)
+        advantages = leave_one_out(returns, keys)
         if self.standardise:
             # Equal returns stay zero: the floor is above what rounding makes of them.
             floor = 1e-4 * returns.abs().amax() + 1e-8

@@ -22,10 +22,10 @@ seeded = settings(deadline=None, derandomize=True, max_examples=50)
 def rollout_of(keys: list[str], kl: list[list[float]], lengths: list[int]) -> Rollout:
     """Responses of these lengths after a prompt of two tokens, with this KL per token."""
     tokens = max(lengths)
-    attention = torch.zeros(len(keys), 2 + tokens, dtype=torch.long)
+    attention = torch.zeros(len(keys), 2 + tokens, dtype=torch.bool)
     for row, length in enumerate(lengths):
-        attention[row, : 2 + length] = 1
-    ids = torch.ones_like(attention)
+        attention[row, : 2 + length] = True
+    ids = torch.ones_like(attention, dtype=torch.long)
     reference = torch.full((len(keys), tokens), -1.0)
     return Rollout(
         tokens=Tokens(ids, attention, 2, torch.zeros(len(keys), dtype=torch.bool)),
@@ -119,6 +119,42 @@ def test_the_gradient_is_that_of_the_mean_without_bias(samples: int) -> None:
     torch.testing.assert_close(total, variable.grad, rtol=0, atol=1e-10)
 
 
+def test_with_one_response_per_prompt_the_other_prompts_are_the_baseline_without_bias() -> None:
+    # All 2^3 rollouts of three prompts, each with a policy and scores of its own.
+    logits = torch.tensor([[0.3, -0.2], [1.1, 0.4], [-0.7, 0.9]], dtype=torch.float64)
+    reward = torch.tensor([[1.0, -0.5], [4.0, 3.0], [0.0, 2.0]], dtype=torch.float64)
+    cost = torch.tensor([[0.0, 2.0], [-1.0, 0.5], [3.0, -2.0]], dtype=torch.float64)
+    learner, multiplier = RLOO(1, standardise=False), 0.7
+    prompts = torch.arange(3)
+
+    variable = logits.clone().requires_grad_()
+    goal = (variable.softmax(1) * (reward - multiplier * cost)).sum() / (1 + multiplier)
+    goal.backward()
+
+    total = torch.zeros_like(logits)
+    for drawn in itertools.product(range(2), repeat=3):
+        y = torch.tensor(drawn)
+        old = logits.log_softmax(1)[prompts, y]
+        rollout = rollout_of(["a", "b", "c"], [[0.0]] * 3, [1] * 3)
+        rollout = Rollout(
+            **{**vars(rollout), "log_probs": old[:, None], "reference_log_probs": old[:, None]}
+        )
+        scores = torch.stack([reward[prompts, y], cost[prompts, y]])
+        targets = learner.targets(rollout, scores, [multiplier], 0.1)
+        variable2 = logits.clone().requires_grad_()
+        log_probs = variable2.log_softmax(1)[prompts, y][:, None]
+        (-learner.policy_loss(log_probs, rollout, targets)).backward()
+        assert variable2.grad is not None
+        total += old.exp().prod() * variable2.grad
+    assert variable.grad is not None
+    torch.testing.assert_close(total, variable.grad, rtol=0, atol=1e-10)
+    # By hand: G = (r - 0.7 c) / 1.7 of the first actions is 1, 4.7 and -2.1 over 1.7.
+    rollout = rollout_of(["a", "b", "c"], [[0.0]] * 3, [1] * 3)
+    targets = learner.targets(rollout, torch.stack([reward[:, 0], cost[:, 0]]), [multiplier], 0.1)
+    expected = torch.tensor([1 - 2.6 / 2, 4.7 + 1.1 / 2, -2.1 - 5.7 / 2]) / 1.7
+    torch.testing.assert_close(targets.advantages[:, 0], expected, check_dtype=False)
+
+
 def test_equal_returns_teach_nothing() -> None:
     rollout = rollout_of(["p", "p"], [[0.0], [0.0]], [1, 1])
     scores = torch.full((2, 2), 7.0)
@@ -130,7 +166,7 @@ def test_equal_returns_teach_nothing() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples_per_prompt": 1}, "at least 2, got 1"),
+        ({"samples_per_prompt": 0}, "samples_per_prompt of RLOO is a whole number >= 1, got 0"),
         ({"epochs": 0}, "epochs of RLOO"),
         ({"minibatches": 0}, "minibatches of RLOO"),
         ({"clip": 0.0}, "clip of RLOO is positive"),
