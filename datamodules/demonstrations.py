@@ -19,6 +19,8 @@ class Demonstrations(EncodedLoading):
     Args:
         path: file (.json, .jsonl, .csv, .gz of these, .parquet) or hub id.
         prompt_field, response_field: names of the columns.
+        context_field: of a text that the prompt is about, put after it and an empty line (`context`
+            of databricks-dolly-15k); None: there is none.
         batch_size: demonstrations per step.
         validation_fraction: share of the prompts that is held out, by a hash of the prompt.
         split: of a hub data set.
@@ -30,6 +32,7 @@ class Demonstrations(EncodedLoading):
         path: str,
         prompt_field: str = "prompt",
         response_field: str = "response",
+        context_field: str | None = None,
         batch_size: int = 32,
         validation_fraction: float = 0.05,
         split: str = "train",
@@ -37,14 +40,14 @@ class Demonstrations(EncodedLoading):
     ) -> None:
         super().__init__()
         self.path = path
-        self.fields = (prompt_field, response_field)
+        self.fields = (prompt_field, response_field, context_field)
         self.batch_size = check_batch_size(batch_size)
         self.validation_fraction = validation_fraction
         self.split = split
         self.seed = seed
 
     def setup(self, stage: str) -> None:
-        examples = read_demonstrations(self.path, *self.fields, self.split)
+        examples = read_demonstrations(self.path, *self.fields, split=self.split)
         self.training, self.validation = split_by_prompt(
             examples, self.validation_fraction, self.path
         )
@@ -59,7 +62,11 @@ class Demonstrations(EncodedLoading):
 
 
 def read_demonstrations(
-    path: str, prompt_field: str, response_field: str, split: str = "train"
+    path: str,
+    prompt_field: str,
+    response_field: str,
+    context_field: str | None = None,
+    split: str = "train",
 ) -> list[Demonstration]:
     """
     Raises:
@@ -71,5 +78,8 @@ def read_demonstrations(
         response = text_field(row, response_field, path, i)
         if not prompt.strip() or not response.strip():
             raise InputError(f"{path}, row {i + 1}: the prompt or the response is empty")
+        # Null and "" are no context; a column that is not there is an error.
+        if context_field is not None and (context_field not in row or row[context_field]):
+            prompt = f"{prompt}\n\n{text_field(row, context_field, path, i)}"
         examples.append(Demonstration(user_turn(prompt), response.strip()))
     return examples

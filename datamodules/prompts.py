@@ -29,7 +29,8 @@ class Prompts(EncodedLoading):
         demonstrations: prompts with responses, which `ptx_coefficient` of the policy keeps likely;
             as a rule those of the supervised stage.
         field: name of the column of prompts.
-        demonstration_fields: names of the demonstrations' columns of prompts and responses.
+        demonstration_fields: names of the demonstrations' columns of prompts, responses and, where
+            there is one, context (`datamodules.Demonstrations`).
         prompts_per_update: prompts of one rollout.
         updates: rollouts of the run; the training prompts are gone through as often as needed, in
             a new order each time.
@@ -45,7 +46,7 @@ class Prompts(EncodedLoading):
         evaluation: str | None = None,
         demonstrations: str | None = None,
         field: str = "prompt",
-        demonstration_fields: tuple[str, str] = ("prompt", "response"),
+        demonstration_fields: tuple[str, str] | tuple[str, str, str] = ("prompt", "response"),
         prompts_per_update: int = 64,
         updates: int = 100,
         batch_size: int = 64,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from datamodules import Demonstrations, Preferences, Prompts
+from datamodules.demonstrations import read_demonstrations
 from datamodules.preferences import read_pairs
 from datamodules.prompts import UpdateSampler
 from hcrlhf.errors import InputError
@@ -50,6 +51,21 @@ def test_rows_are_read_from_json_lines_arrays_gzip_and_csv(tmp_path: Path) -> No
     files = [write(tmp_path / "x.jsonl", rows), write(tmp_path / "y.jsonl.gz", rows)]
     for path in [*files, str(array), str(table)]:
         assert read_rows(path) == rows
+
+
+def test_a_context_follows_its_prompt(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Sum up.", "context": "Once upon a time.", "response": "A tale."},
+        {"instruction": "Say hello.", "context": "", "response": "Hello."},
+        {"instruction": "Say bye.", "context": None, "response": "Bye."},
+    ]
+    path = write(tmp_path / "x.jsonl", rows)
+    found = read_demonstrations(path, "instruction", "response", "context")
+    assert [e.text for e in found] == ["Sum up.\n\nOnce upon a time.", "Say hello.", "Say bye."]
+    assert [e.response for e in found] == ["A tale.", "Hello.", "Bye."]
+    assert read_demonstrations(path, "instruction", "response")[0].text == "Sum up."
+    with pytest.raises(InputError, match="has no column 'text'"):
+        read_demonstrations(path, "instruction", "response", "text")
 
 
 def test_a_file_changed_in_place_is_read_again(tmp_path: Path) -> None:
