@@ -98,7 +98,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         (["--trainer.max_steps", "7"], "would count optimizer steps"),
         (["--trainer.gradient_clip_val", "1"], "set model.init_args.max_grad_norm"),
         (["--trainer.accumulate_grad_batches", "2"], "set model.init_args.micro_batch_size"),
-        (["--data.init_args.train", "missing.jsonl"], "missing.jsonl does not exist"),
+        (["--data.init_args.train", "missing.jsonl"], "missing.jsonl does not exist.*hcrlhf split"),
         (["--trainer.default_root_dir="], "default_root_dir"),
     ],
 )
