@@ -14,7 +14,7 @@ from datamodules.files import EncodedLoading, check_batch_size
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, Prompt, user_turn
 from hcrlhf.rollouts import response_seed
-from hcrlhf.rows import FORMATS, read_rows, text_field
+from hcrlhf.rows import read_rows, text_field
 from hcrlhf.splits import require_disjoint
 
 
@@ -93,13 +93,9 @@ class Prompts(EncodedLoading):
 
     def _read(self, path: str) -> list[Prompt]:
         """The unique prompts of a file, in order."""
-        if Path(path).suffix.lstrip(".") in (*FORMATS, "gz") and not Path(path).exists():
-            raise InputError(
-                f"{path} does not exist; expected a file of prompts (hcrlhf split writes the four "
-                "that a policy needs)"
-            )
+        expected = "a file of prompts (hcrlhf split writes the four that a policy needs)"
         prompts: dict[str, Prompt] = {}
-        for i, row in enumerate(read_rows(path)):
+        for i, row in enumerate(read_rows(path, expected=expected)):
             text = text_field(row, self.field, path, i)
             if not text.strip():
                 raise InputError(f"{path}, row {i + 1}: the prompt is empty")

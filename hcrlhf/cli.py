@@ -75,7 +75,7 @@ def _run(arguments: list[str]) -> int:
     if command == "demo":
         from hcrlhf import demo
 
-        _quiet_loading()
+        quiet_loading()
         return demo.main(rest, run_trainer)
     if command == "world":
         return _world(rest)
@@ -134,7 +134,7 @@ def _export(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args(arguments)
-    _quiet_loading()
+    quiet_loading()
     from hcrlhf.export import merge
 
     print(merge(options.policy, options.folder, options.dtype))
@@ -156,18 +156,20 @@ def _world(arguments: list[str]) -> int:
         raise InputError(f"{options.folder} is not empty; give a new folder")
     from hcrlhf.world import write_world
 
-    _quiet_loading()
+    quiet_loading()
     write_world(options.folder, options.seed)
     print(f"wrote {options.folder}")
     return PASSED
 
 
-def _quiet_loading() -> None:
+def quiet_loading() -> None:
     """transformers draws a bar for every weight file, bitsandbytes names a package it can miss."""
-    from transformers.utils import logging
+    import logging
 
-    logging.disable_progress_bar()
-    logging.get_logger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:

@@ -92,7 +92,7 @@ def split(
     names = [_name(source) for source in everything]
     if len(set(names)) < len(names):
         raise InputError(f"two sources would be written to one file: {', '.join(names)}")
-    if folder.exists() and any(folder.iterdir()):
+    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
         raise InputError(f"{folder} is not empty; give a new folder")
     rows = {source: read_rows(source, hub_split) for source in everything}
     turns = {

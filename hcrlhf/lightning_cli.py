@@ -39,6 +39,7 @@ from hcrlhf.cli import (
     NOT_TESTED,
     PASSED,
     did_you_mean,
+    quiet_loading,
 )
 from hcrlhf.completions import markdown_table
 from hcrlhf.errors import InputError
@@ -369,14 +370,10 @@ def _verdict_code(trainer: Trainer) -> int:
 
 def _quiet() -> None:
     """Turns off what libraries say about themselves; what they say of the user's run stays."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
+    quiet_loading()
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_about_the_run)
-    # bitsandbytes looks for an optional package of kernels and says so at each start.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     for pattern in QUIET_WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
 

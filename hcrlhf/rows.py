@@ -17,13 +17,14 @@ TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "parquet": "parquet"}
 
 
-def read_rows(source: str, split: str = "train") -> list[Row]:
+def read_rows(source: str, split: str = "train", expected: str = "a file of examples") -> list[Row]:
     """The rows of a local file, or of a data set on the hub.
 
     Args:
         source: path of a .json, .jsonl, .csv (each also .gz) or .parquet file, or a hub id; with a
             third part, a folder of that data set ("Anthropic/hh-rlhf/helpful-base").
         split: of a hub data set.
+        expected: what the error says of a file that is not there.
 
     Raises:
         InputError: it does not exist, cannot be parsed or has no rows.
@@ -34,7 +35,7 @@ def read_rows(source: str, split: str = "train") -> list[Row]:
     suffixes = [s.lstrip(".") for s in path.suffixes if s != ".gz"]
     suffix = suffixes[-1] if suffixes else ""
     if suffix in FORMATS and not path.is_file():
-        raise InputError(f"{source} does not exist; expected a file of examples")
+        raise InputError(f"{source} does not exist; expected {expected}")
     if path.is_file() and suffix not in FORMATS:
         raise InputError(f"{source} is of no known kind; expected one of {', '.join(FORMATS)}")
     if path.is_dir():
