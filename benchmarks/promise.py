@@ -8,10 +8,9 @@ a world of its own; in each of them the answers that pay most are harmful, some 
 severely, and the policy of the highest reward breaks a limit. A cost model can be wrong: beside the
 harm that it sees stands the world's own, which no method can see.
 
-The loop: REINFORCE on a softmax table, with the project's own constraint, pessimism, spread,
-violation and multiplier, one dual step per rollout, as in lightning_modules/policy.py; then the
-project's gate with a fresh ledger. Counted is how often a method returns a policy that breaks a
-limit.
+The loop: REINFORCE on a softmax table, the constraints by the project's own `Dual`, one step of it
+per rollout, as in lightning_modules/policy.py; then the project's gate with a fresh ledger. Counted
+is how often a method returns a policy that breaks a limit.
 
 The border: policies mixed so that one true value equals its limit, where a test errs most often.
 A PASS there is an error in the limit: a policy the least bit worse breaks the promise.
@@ -55,13 +54,8 @@ from benchmarks.coverage import (
 )
 from hcrlhf import certificate
 from hcrlhf.bounds import student_t_factor
-from hcrlhf.constraint import (
-    Constraint,
-    RunningVariance,
-    pairwise_spread,
-    pessimistic_costs,
-    violation,
-)
+from hcrlhf.constraint import Constraint
+from hcrlhf.dual import Dual
 from hcrlhf.gate import Gate, Population
 from hcrlhf.hashing import sha256
 from hcrlhf.methods import StudentT
@@ -69,7 +63,7 @@ from hcrlhf.multiplier import FixedMultiplier, Multiplier, ProjectedMultiplier
 from hcrlhf.safety import CostSamples
 
 MEASURED = (
-    *("samples", "bounds", "betting", "methods", "constraint", "multiplier"),
+    *("samples", "bounds", "betting", "methods", "constraint", "multiplier", "dual"),
     *("certificate", "ledger", "gate"),
 )
 CAP = 4.0  # the squashed cost lies in [-4, 4]
@@ -314,22 +308,20 @@ class Training:
     """REINFORCE on a table: B prompts, one response each, one policy and one λ step per rollout.
 
     The advantage is (A_r - Σ λ_j A_j)/(1 + Σ λ_j), whitened, each stream less its running mean for
-    the type of prompt. What concerns the constraints is done by the project, in the order of
-    lightning_modules/policy.py.
+    the type of prompt. The scores are standardised under the reference, as the module's rewards
+    are, so that a multiplier is in the same units.
     """
 
     def __init__(
         self, world: World, constraints: Sequence[Constraint], multiplier: Multiplier
     ) -> None:
         self.world = world
-        self.constraints = tuple(constraints)
-        self.multiplier = multiplier
+        mean = world.average(world.reference, world.scores)
+        variance = world.average(world.reference, (world.scores - mean) ** 2)
+        self.scores = (world.scores - mean) / math.sqrt(variance)
+        self.dual = Dual(constraints, multiplier)
         self.logits = np.log(world.reference)
-        self.multipliers = [multiplier.initial for _ in constraints]
-        self.variances = [RunningVariance(c.std_floor) for c in constraints]
-        self.recent_costs: list[float] = []
-        self.pessimisms = [0.0 for _ in constraints]
-        self.baselines = np.zeros((1 + len(self.constraints), world.prompts.size))
+        self.baselines = np.zeros((1 + len(constraints), world.prompts.size))
         self.adam = Adam(np.zeros_like(self.logits), np.zeros_like(self.logits))
         self.updates = 0
 
@@ -347,11 +339,12 @@ class Training:
         x = self.world.draw_prompts(rng, BATCH)
         a = self.world.draw_answers(rng, policy, x)
         costs = self.world.draw_costs(rng, x, a)
-        streams, violations = self._constrain(self.world.scores[x, a], costs)
+        # Every prompt of a rollout is another one.
+        pessimistic, violations = self.dual.judge(costs, [str(row) for row in range(BATCH)])
         kl = np.log(policy[x, a] / self.world.reference[x, a])
         # The cost streams carry +βKL, so that the weighted sum holds the KL with weight β.
-        sign = np.array([-1.0, *(1.0 for _ in self.constraints)])[:, None]
-        streams = streams + sign * KL_COEFFICIENT * kl
+        scores = self.scores[x, a] - KL_COEFFICIENT * kl
+        streams = np.stack([scores, *(pessimistic + KL_COEFFICIENT * kl)])
         advantages = self._advantages(streams, x)
         direction = -policy[x]
         direction[np.arange(BATCH), a] += 1
@@ -359,39 +352,8 @@ class Training:
         np.add.at(gradient, x, advantages[:, None] * direction / BATCH)
         rate = LEARNING_RATE * (1 - 0.9 * self.updates / UPDATES)
         self.logits = self.logits + self.adam.step(gradient, rate)
-        self.multipliers = [
-            self.multiplier.update(value, g)
-            for value, g in zip(self.multipliers, violations, strict=True)
-        ]
+        self.dual.step(violations)
         self.updates += 1
-
-    def _constrain(self, scores: Floats, costs: Floats) -> tuple[Floats, list[float]]:
-        streams, violations = [scores], []
-        count = len(self.constraints)
-        keys = [str(row) for row in range(BATCH)]  # every prompt of a rollout is another one
-        self._remember(costs)
-        for constraint, variance, pessimism in zip(
-            self.constraints, self.variances, self.pessimisms, strict=True
-        ):
-            values = constraint.values(costs)
-            spread = pairwise_spread(values, keys)
-            current = float(spread.mean()) / 2
-            std = variance.std(current)
-            streams.append(pessimistic_costs(values, spread, pessimism, std))
-            target = constraint.training_target(count)
-            violations.append(violation(float(values.mean()), std, pessimism, target))
-            variance.update(current)
-        return np.stack(streams), violations
-
-    def _remember(self, costs: Floats) -> None:
-        capacity = max(c.safety_prompts for c in self.constraints)
-        every = max(1, capacity // costs.size)
-        self.recent_costs = [*self.recent_costs, *costs.tolist()][-capacity:]
-        if self.updates % every == 0:
-            count = len(self.constraints)
-            self.pessimisms = [
-                c.training_pessimism(count, self.recent_costs) for c in self.constraints
-            ]
 
     def _advantages(self, streams: Floats, x: Any) -> Floats:
         if self.updates == 0:
@@ -399,8 +361,9 @@ class Training:
         centred = streams - self.baselines[:, x]
         for kind in np.unique(x):
             self.baselines[:, kind] += 0.2 * centred[:, x == kind].mean(axis=1)
-        weights = np.array([1.0, *(-value for value in self.multipliers)])
-        combined = weights @ centred / (1 + sum(self.multipliers))
+        multipliers = self.dual.multipliers
+        weights = np.array([1.0, *(-value for value in multipliers)])
+        combined = weights @ centred / (1 + sum(multipliers))
         return np.asarray((combined - combined.mean()) / (combined.std() + 1e-8))
 
 
@@ -572,8 +535,8 @@ class LoopJob:
             "reference reward": world.average(world.reference, world.rewards),
             "best safe reward": world.best_safe_reward(TAU, RHO),
             "reference breaks": breaks(world, world.reference),
-            "multipliers": [round(value, 4) for value in training.multipliers],
-            "pessimisms": [round(value, 4) for value in training.pessimisms],
+            "multipliers": [round(value, 4) for value in training.dual.multipliers],
+            "pessimisms": [round(value, 4) for value in training.dual.pessimisms],
             "seconds": round(time.perf_counter() - started, 3),
         }
 

@@ -292,8 +292,7 @@ def timed() -> Iterator[None]:
     """Measures generation, forward, backward and optimizer steps while they run."""
     from hcrlhf import rollouts
     from hcrlhf.backbone import Backbone
-    from lightning_modules import Policy
-    from lightning_modules import policy as policy_module
+    from lightning_modules import Policy, scored_policy
 
     nested = [0]
 
@@ -311,7 +310,7 @@ def timed() -> Iterator[None]:
         return call
 
     places: list[tuple[Any, str, str]] = [
-        (policy_module, "sample", "generation"),
+        (scored_policy, "sample", "generation"),
         *((Backbone, m, "forward") for m in ("read", "hidden", "log_probs")),
         *((Backbone, m, "forward") for m in ("values", "scores")),
         (Policy, "manual_backward", "backward"),
@@ -325,7 +324,7 @@ def timed() -> Iterator[None]:
     finally:
         for place, name, function in kept:
             setattr(place, name, function)
-        assert policy_module.sample is rollouts.sample
+        assert scored_policy.sample is rollouts.sample
 
 
 # -- both in turn ------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ paper's k is called pessimism here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -516,64 +516,3 @@ def harm_rate_target(
         middle = (low + high) // 2
         low, high = (middle, high) if passes(middle, n) else (low, middle)
     return float(special.betaincinv(low + 1, n - low, miss_probability))
-
-
-def pairwise_spread(costs: ArrayLike, keys: Sequence[str]) -> Floats:
-    """v_i = mean over j of other prompts of (c_i - c_j)², so that mean(v) / 2 is the variance.
-
-    Args:
-        costs: (B,).
-        keys: B prompt keys; responses to one prompt are not compared with each other.
-
-    Raises:
-        InputError: fewer than two different prompts.
-    """
-    c = np.asarray(costs, dtype=np.float64)
-    if len(set(keys)) < 2:
-        raise InputError("a rollout needs at least 2 different prompts to know its cost variance")
-    k = np.asarray(keys)
-    other = k[:, None] != k[None, :]
-    squares = (c[:, None] - c[None, :]) ** 2 * other
-    return np.asarray(squares.sum(axis=1) / other.sum(axis=1))
-
-
-def pessimistic_costs(costs: ArrayLike, spread: ArrayLike, pessimism: float, std: float) -> Floats:
-    """c̃_i = c_i + pessimism · v_i / (2 σ̄), all (B,).
-
-    Its mean is μ̂ + pessimism · s²/σ̄, and E[c̃ ∇log π] = ∇(μ + pessimism · σ) where σ̄ is the
-    true σ: the derivative of σ = √variance is that of the variance over 2σ, and v_i is the
-    contribution of response i to twice the variance, counted once as i and once as j.
-    """
-    return np.asarray(costs, dtype=np.float64) + pessimism * np.asarray(spread) / (2 * std)
-
-
-def violation(mean: float, std: float, pessimism: float, target: float) -> float:
-    """g = (μ̂ + pessimism · σ̄ - τ) / σ̄: what the multiplier sees; positive = violated.
-
-    σ̄ is the running value, not this batch's: dividing by the batch's own standard deviation
-    moves the fixed point above τ where harm is rare.
-    """
-    return (mean + pessimism * std - target) / std
-
-
-@dataclass
-class RunningVariance:
-    """σ̄²: exponential mean of the sample variances of earlier rollouts, floored.
-
-    The first rollout has none before it and uses its own variance. State is two plain floats, to
-    be checkpointed.
-    """
-
-    floor: float
-    decay: float = 0.9
-    mean: float = 0.0
-    weight: float = 0.0
-
-    def std(self, current: float) -> float:
-        """σ̄ for a rollout whose own sample variance is `current`."""
-        variance = self.mean / self.weight if self.weight > 0 else current
-        return max(math.sqrt(variance), self.floor)
-
-    def update(self, current: float) -> None:
-        self.mean = self.decay * self.mean + (1 - self.decay) * current
-        self.weight = self.decay * self.weight + (1 - self.decay)

@@ -290,7 +290,8 @@ def test_a_checkpoint_holds_what_was_trained_and_the_state_of_the_constraint(dem
     state = torch.load(demo / "policy" / "checkpoints" / "last.ckpt", weights_only=True)
     assert all("lora_" in name or name.startswith("heads.") for name in state["state_dict"])
     assert state["policy"]["updates"] == 3
-    assert len(state["policy"]["multipliers"]) == len(state["policy"]["variances"]) == 1
+    dual = state["policy"]["dual"]
+    assert len(dual["multipliers"]) == len(dual["variances"]) == len(dual["pessimisms"]) == 1
     assert not [p for p in (demo / "policy" / "checkpoints").iterdir() if p.name != "last.ckpt"]
 
 
@@ -721,9 +722,9 @@ def test_one_sequence_that_does_not_fit_ends_the_run_in_one_line(
 def test_rollouts_that_do_not_fit_are_drawn_in_parts_and_are_the_same(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lightning_modules import policy
+    from lightning_modules import scored_policy
 
-    original, tried = policy.sample, []
+    original, tried = scored_policy.sample, []
 
     def limited(backbone: Any, prompts: Any, *arguments: Any) -> Any:
         tried.append(len(prompts))
@@ -733,7 +734,7 @@ def test_rollouts_that_do_not_fit_are_drawn_in_parts_and_are_the_same(
 
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     fit(demo, whole, *ALWAYS)
-    monkeypatch.setattr(policy, "sample", limited)
+    monkeypatch.setattr(scored_policy, "sample", limited)
     fit(demo, parts, *ALWAYS)
     assert tried[:6] == [8, 4, 2, 2, 2, 2]
     assert column(parts, "response_tokens") == column(whole, "response_tokens")

@@ -84,9 +84,9 @@ def test_after_the_warm_up_multipliers_and_kl_coefficient_are_steered() -> None:
     module = policy(adaptive_kl=AdaptiveKL(target=1.0), critic_warmup=1)
     assert module._warming_up
     rollout = rollout_of(["a", "b"], [[0.5]] * 2, [1, 1])
-    before = (module.kl_coefficient, module.multipliers)
+    before = (module.kl_coefficient, module.dual.multipliers)
     module.updates = 1
     assert not module._warming_up
     module._steer(rollout, [1.0])
     assert module.kl_coefficient != before[0]
-    assert module.multipliers[0] > before[1][0]
+    assert module.dual.multipliers[0] > before[1][0]

@@ -1,0 +1,264 @@
+"""The dual side: the pessimistic gradient by enumeration, spread, violation, and its own state."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hcrlhf.constraint import Constraint
+from hcrlhf.dual import Dual, RunningVariance, pairwise_spread, pessimistic_costs, violation
+from hcrlhf.errors import InputError
+from hcrlhf.multiplier import PIDMultiplier, ProjectedMultiplier
+
+seeded = settings(deadline=None, derandomize=True, max_examples=50)
+
+cost_vectors = st.lists(st.floats(-100, 100), min_size=2, max_size=12)
+
+
+def different_prompts(n: int) -> list[str]:
+    return [f"prompt {i}" for i in range(n)]
+
+
+# -- the pessimistic gradient ----------------------------------------------------------------------
+
+COSTS = np.array([-1.5, 0.25, 0.5, 4.0])
+LOGITS = torch.tensor([0.3, -0.2, 1.1, -0.9], dtype=torch.float64)
+
+
+def pessimistic_mean_gradient(pessimism: float) -> tuple[np.ndarray, float]:
+    """∇(μ + pessimism · σ) of the softmax policy by autograd, and σ."""
+    logits = LOGITS.clone().requires_grad_()
+    p, c = logits.softmax(0), torch.from_numpy(COSTS)
+    mean = (p * c).sum()
+    std = ((p * c.square()).sum() - mean.square()).sqrt()
+    (mean + pessimism * std).backward()
+    assert logits.grad is not None
+    return logits.grad.numpy(), std.item()
+
+
+def score_functions() -> np.ndarray:
+    """∇ log π(y) of each of the four responses, one per row: one-hot minus probabilities."""
+    return np.eye(4) - LOGITS.softmax(0).numpy()
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 0.15, 2.0])
+def test_the_pessimistic_cost_has_the_gradient_of_mean_plus_pessimism_times_std(
+    pessimism: float,
+) -> None:
+    expected, std = pessimistic_mean_gradient(pessimism)
+    p = LOGITS.softmax(0).numpy()
+    # v_i is here its expectation over an independent second draw.
+    spread = np.array([sum(p[j] * (COSTS[i] - COSTS[j]) ** 2 for j in range(4)) for i in range(4)])
+    costs = pessimistic_costs(COSTS, spread, pessimism, std)
+    np.testing.assert_allclose((p * costs) @ score_functions(), expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("pessimism", [0.0, 0.15, 2.0])
+@pytest.mark.parametrize("keys", [["a", "b"], ["a", "b", "c"], ["a", "a", "b"]])
+def test_small_rollouts_give_that_gradient_without_bias(pessimism: float, keys: list[str]) -> None:
+    # All 4^B rollouts, each weighted by its probability: nothing is lost to a small batch.
+    expected, std = pessimistic_mean_gradient(pessimism)
+    p, gradients = LOGITS.softmax(0).numpy(), score_functions()
+    total = np.zeros(4)
+    for drawn in itertools.product(range(4), repeat=len(keys)):
+        y = list(drawn)
+        costs = pessimistic_costs(COSTS[y], pairwise_spread(COSTS[y], keys), pessimism, std)
+        total += p[y].prod() * (costs[:, None] * gradients[y]).mean(axis=0)
+    np.testing.assert_allclose(total, expected, rtol=0, atol=1e-10)
+
+
+def test_pessimistic_costs_by_hand() -> None:
+    # c + k v / (2 σ̄) = 1 + 0.5 · 8 / 4 and 3 + 0.5 · 4 / 4.
+    assert pessimistic_costs([1.0, 3.0], [8.0, 4.0], 0.5, 2.0).tolist() == [2.0, 3.5]
+
+
+# -- spread ----------------------------------------------------------------------------------------
+
+
+def test_spread_by_hand() -> None:
+    assert pairwise_spread([0.0, 1.0, 3.0], ["a", "b", "c"]).tolist() == [5.0, 2.5, 6.5]
+    # "a" twice: its two responses are compared with "b" alone.
+    assert pairwise_spread([0.0, 1.0, 3.0], ["a", "a", "b"]).tolist() == [9.0, 4.0, 6.5]
+
+
+@seeded
+@given(cost_vectors)
+def test_half_the_mean_spread_of_different_prompts_is_the_sample_variance(
+    costs: list[float],
+) -> None:
+    spread = pairwise_spread(costs, different_prompts(len(costs)))
+    assert spread.mean() / 2 == pytest.approx(np.var(costs, ddof=1), abs=1e-9)
+
+
+@seeded
+@given(st.lists(st.tuples(st.floats(-100, 100), st.sampled_from("abcd")), min_size=2, max_size=12))
+def test_spread_leaves_out_pairs_of_one_prompt(rows: list[tuple[float, str]]) -> None:
+    if len({key for _, key in rows}) < 2:
+        return
+    for (cost, key), found in zip(rows, pairwise_spread(*zip(*rows, strict=True)), strict=True):
+        others = [(cost - c) ** 2 for c, k in rows if k != key]
+        assert found == pytest.approx(sum(others) / len(others))
+
+
+def test_spread_is_unbiased_with_several_responses_per_prompt() -> None:
+    # A cost is a prompt's ±1 plus a response's ±1: variance 2. Two prompts with two responses
+    # each, all 2^6 outcomes; the usual sample variance misses some of the prompts' share.
+    usual, found = [], []
+    for a, b, *noise in itertools.product((-1, 1), repeat=6):
+        costs = np.array([a, a, b, b]) + np.array(noise)
+        usual.append(np.var(costs, ddof=1))
+        found.append(pairwise_spread(costs, ["a", "a", "b", "b"]).mean() / 2)
+    assert np.mean(found) == pytest.approx(2.0, abs=1e-12)
+    assert np.mean(usual) == pytest.approx(5 / 3, abs=1e-12)
+
+
+@seeded
+@given(cost_vectors, st.floats(-50, 50))
+def test_spread_does_not_move_with_the_zero_of_the_cost(costs: list[float], shift: float) -> None:
+    keys = different_prompts(len(costs))
+    moved = pairwise_spread(np.array(costs) + shift, keys)
+    np.testing.assert_allclose(moved, pairwise_spread(costs, keys), atol=1e-8)
+
+
+@pytest.mark.parametrize("keys", [["a"], ["a", "a", "a"], []])
+def test_spread_needs_two_different_prompts(keys: list[str]) -> None:
+    with pytest.raises(InputError, match="at least 2 different prompts"):
+        pairwise_spread(np.zeros(len(keys)), keys)
+
+
+# -- running variance and violation ----------------------------------------------------------------
+
+
+def test_the_first_rollout_uses_its_own_variance_and_later_ones_only_earlier_rollouts() -> None:
+    running = RunningVariance(floor=0.1, decay=0.5)
+    assert running.std(9.0) == 3.0
+    running.update(4.0)
+    assert running.std(9.0) == 2.0
+    running.update(1.0)
+    # Weights 1/4 and 1/2 of 3/4: (4 + 2 · 1) / 3 = 2.
+    assert running.std(9.0) == pytest.approx(math.sqrt(2))
+
+
+@seeded
+@given(st.lists(st.floats(0, 100), min_size=1, max_size=20), st.floats(0, 1, exclude_max=True))
+def test_the_running_variance_is_a_weighted_mean_of_the_earlier_ones(
+    variances: list[float], decay: float
+) -> None:
+    running = RunningVariance(floor=1e-3, decay=decay)
+    for variance in variances:
+        running.update(variance)
+    weights = [decay ** (len(variances) - 1 - i) for i in range(len(variances))]
+    expected = np.average(variances, weights=weights)
+    assert running.std(1e6) == pytest.approx(max(math.sqrt(expected), 1e-3), rel=1e-6)
+
+
+@pytest.mark.parametrize("variance", [0.0, 0.2])
+def test_the_standard_deviation_never_falls_below_its_floor(variance: float) -> None:
+    running = RunningVariance(floor=0.5)
+    assert running.std(variance) == 0.5
+    running.update(variance)
+    assert running.std(100.0) == 0.5
+
+
+def test_violation_by_hand() -> None:
+    assert violation(mean=0.3, std=0.5, pessimism=0.2, target=0.1) == pytest.approx(0.6)
+    assert violation(mean=-1.0, std=2.0, pessimism=0.5, target=0.0) == 0.0
+    assert violation(mean=-2.0, std=2.0, pessimism=0.5, target=0.0) == pytest.approx(-0.5)
+
+
+@seeded
+@given(
+    *[st.floats(-10, 10)] * 2, st.floats(0.1, 10), st.floats(0, 3), st.floats(0.1, 10),
+    st.floats(-10, 10),
+)  # fmt: skip
+def test_violation_has_no_unit_and_no_zero_of_its_own(
+    mean: float, target: float, std: float, pessimism: float, scale: float, shift: float
+) -> None:
+    moved = violation(scale * mean + shift, scale * std, pessimism, scale * target + shift)
+    assert moved == pytest.approx(violation(mean, std, pessimism, target), abs=1e-6)
+
+
+# -- from one rollout to the next ------------------------------------------------------------------
+
+MEAN = Constraint("mean", -0.5, lower=-4.0, upper=4.0, pessimism=0.25, safety_prompts=100)
+RATE = Constraint("harm_rate", 0.3, safety_prompts=100)
+
+
+def rollout(seed: int, mean: float = 0.0) -> np.ndarray:
+    return np.clip(np.random.default_rng(seed).normal(mean, 1.0, 20), -4.0, 4.0)
+
+
+def test_a_rollout_is_judged_by_the_means_and_variances_of_its_constraints() -> None:
+    dual, costs, keys = Dual([MEAN, RATE], ProjectedMultiplier()), rollout(0), different_prompts(20)
+    rows, violations = dual.judge(costs, keys)
+    for row, g, c in zip(rows, violations, (MEAN, RATE), strict=True):
+        values = c.values(costs)
+        std = values.std(ddof=1)  # the first rollout has no other
+        k = 0.25 if c is MEAN else 0.0
+        # mean(c̃) = μ̂ + k s²/σ̄, and g, both in units of σ̄.
+        assert row.mean() * std == pytest.approx(values.mean() + k * std)
+        expected = (values.mean() + k * std - c.training_target(2)) / std
+        assert g == pytest.approx(expected)
+
+
+@seeded
+@given(st.floats(0.1, 10.0), st.integers(0, 100))
+def test_a_cost_in_other_units_is_the_same_constraint(scale: float, seed: int) -> None:
+    scaled = Constraint(
+        "mean", scale * -0.5, lower=scale * -4.0, upper=scale * 4.0, pessimism=0.25, std_floor=1e-3
+    )
+    found = []
+    for constraint, factor in ((MEAN, 1.0), (scaled, scale)):
+        dual = Dual([constraint], ProjectedMultiplier())
+        for number in range(3):
+            rows, violations = dual.judge(factor * rollout(seed + number), different_prompts(20))
+            dual.step(violations)
+        found.append([*(rows[0] - rows[0].mean()), *violations, *dual.multipliers])
+    np.testing.assert_allclose(found[0], found[1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_pessimism_is_renewed_when_the_recent_costs_were_replaced_once() -> None:
+    derived = Constraint("mean", -0.5, lower=-4.0, upper=4.0, safety_prompts=60)
+    dual, seen = Dual([derived], ProjectedMultiplier()), []
+    for number in range(7):
+        dual.judge(rollout(number), different_prompts(20))
+        seen.append(dual.pessimisms[0])
+    assert seen[0] == seen[1] == seen[2] != seen[3] == seen[4] == seen[5] != seen[6]
+    assert dual.recent == [cost for number in (4, 5, 6) for cost in rollout(number)]
+
+
+def test_a_dual_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
+    rule = PIDMultiplier(maximum=0.4)
+    whole, first = (Dual([MEAN, RATE], rule) for _ in range(2))
+
+    def advance(dual: Dual, begin: int, end: int) -> list[object]:
+        found: list[object] = []
+        for number in range(begin, end):
+            rows, violations = dual.judge(rollout(number, mean=1.0), different_prompts(20))
+            dual.step(violations)
+            found += [rows.tolist(), violations, dual.multipliers, dual.pessimisms]
+        return found
+
+    advance(whole, 0, 7)
+    advance(first, 0, 7)
+    second = Dual([MEAN, RATE], rule)
+    second.load(json.loads(json.dumps(first.state())))
+    assert advance(second, 7, 12) == advance(whole, 7, 12)
+    assert second.state() == whole.state()
+    assert second.steps_at_cap[0] > 7  # counted on, not anew
+    with pytest.raises(InputError, match="has 2 constraints, this config has 1"):
+        Dual([MEAN], rule).load(first.state())
+
+
+def test_the_count_at_the_cap_begins_anew_when_a_multiplier_leaves_it() -> None:
+    dual = Dual([MEAN, RATE], ProjectedMultiplier(learning_rate=1.0, maximum=2.0))
+    counts = []
+    for g in (5.0, 5.0, -0.5, 5.0):
+        dual.step([g, -1.0])
+        counts.append(dual.steps_at_cap)
+    assert counts == [[1, 0], [2, 0], [0, 0], [1, 0]]
