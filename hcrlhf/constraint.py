@@ -84,8 +84,9 @@ class Constraint:
             alone), else Hall's t (asymptotic).
         lower, upper: the range of the cost, a fact about the cost function. A cost model that was
             trained with `squash` brings its own; a cost above `upper` is an error.
-        alpha, eta: of "cvar": the share of worst responses, and the η of E[η + (c - η)₊/α], fixed
-            beforehand; best near the (1 - alpha) quantile of the cost.
+        alpha, eta: of "cvar": the share of worst responses, and the η of E[η + (c - η)₊/α], which
+            is best near the (1 - alpha) quantile of the cost. None takes η from the costs of
+            training (`with_eta`), and the plan of the safety test fixes it.
         pessimism: None derives it: for Student-t from n, delta and miss_probability
             (`seldonian_pessimism`), for other bounds from recent costs (`bootstrap_pessimism`). A
             number fixes it, 0 is Safe RLHF (arXiv 2310.12773); {c1, c2, rollout} is the paper's
@@ -157,15 +158,17 @@ class Constraint:
                 "met by every policy; give a lower threshold"
             )
         if self.estimand == "cvar":
-            if self.alpha is None or self.eta is None:
-                raise InputError("the estimand cvar needs alpha and eta, both fixed beforehand")
-            tail_costs([0.0], self.alpha, self.eta)
+            if self.alpha is None:
+                raise InputError("the estimand cvar needs alpha, the share of worst responses")
+            tail_costs([0.0], self.alpha, self.threshold if self.eta is None else self.eta)
+            if self.eta is None:
+                return
             if self.upper is not None and self.eta >= self.upper:
                 raise InputError(f"eta {self.eta} lies at or above the cap {self.upper}")
             if self.eta > self.threshold:
                 raise InputError(
                     f"the tail costs are never below eta {self.eta}, so a threshold of "
-                    f"{self.threshold} cannot be met; lower eta"
+                    f"{self.threshold} cannot be met; lower eta, or leave it out"
                 )
         elif self.alpha is not None or self.eta is not None:
             raise InputError(f"alpha and eta are for the estimand cvar, not for {self.estimand}")
@@ -179,15 +182,24 @@ class Constraint:
             return  # the cost model may bring its range later; `ready` asks again
         if self.estimand == "harm_rate":
             harm_rate_target(self.rule, self.threshold, self.safety_prompts, self.delta, self.miss)
-        elif self.rule.kind == "exact" and self.within.lower is not None:
-            best = np.full(self.safety_prompts, self.within.lower)
-            if not self.rule.passes(best, self.threshold, self.delta, self.within):
-                raise InputError(
-                    f"a {self.label} <= {self.threshold} at delta {self.delta} cannot be shown "
-                    f"with {self.safety_prompts} safety prompts and {self.rule.name}, even if "
-                    f"every cost were {self.within.lower}; give more prompts (hcrlhf power says "
-                    "how many)"
-                )
+            return
+        lowest = self.within.lower
+        if self.needs_eta:  # training will choose it, down to the lowest cost
+            lowest = self.threshold if self.lower is None else min(self.lower, self.threshold)
+        if lowest is not None and not self._can_pass(lowest):
+            raise InputError(
+                f"a {self.label} <= {self.threshold} at delta {self.delta} cannot be shown "
+                f"with {self.safety_prompts} safety prompts and {self.rule.name}, even if "
+                f"every cost were {lowest}; give more prompts (hcrlhf power says how many)"
+            )
+
+    def _can_pass(self, lowest: float) -> bool:
+        """Whether n values that are all `lowest` pass; for CVaR that is η. True unless exact."""
+        if self.rule.kind != "exact":
+            return True
+        values = np.full(self.safety_prompts, lowest)
+        within = self.within if self.estimand == "mean" else self._tail_range(lowest)
+        return bool(self.rule.passes(values, self.threshold, self.delta, within))
 
     # -- declarations --------------------------------------------------------------------------
 
@@ -198,9 +210,37 @@ class Constraint:
             return Range(0.0, 1.0)
         if self.estimand == "mean":
             return Range(self.lower, self.upper)
-        assert self.eta is not None and self.alpha is not None
-        cap = None if self.upper is None else self.eta + (self.upper - self.eta) / self.alpha
-        return Range(self.eta, cap)
+        # An η that is still to be taken will not lie above τ.
+        return self._tail_range(self.threshold if self.eta is None else self.eta)
+
+    def _tail_range(self, eta: float) -> Range:
+        """Of η + (c - η)₊/α."""
+        assert self.alpha is not None
+        return Range(eta, None if self.upper is None else eta + (self.upper - eta) / self.alpha)
+
+    @property
+    def needs_eta(self) -> bool:
+        """Whether η is still to be taken from costs."""
+        return self.estimand == "cvar" and self.eta is None
+
+    def with_eta(self, costs: ArrayLike) -> Constraint:
+        """The constraint itself, or with η = the (1 - α) quantile of these costs (m,), or lower.
+
+        Any η that was chosen without a look at the safety prompts gives a bound on CVaR_α, and the
+        quantile of the costs to come the lowest one (Rockafellar & Uryasev 2000). No value lies
+        below η, so it is lowered to where n values of η pass.
+        """
+        if not self.needs_eta:
+            return self
+        assert self.alpha is not None
+        high = min(float(np.quantile(finite_sample(costs), 1 - self.alpha)), self.threshold)
+        if not self._can_pass(high) and self.lower is not None:
+            low = min(self.lower, high)  # passes, or this constraint could not have been made
+            for _ in range(30):
+                middle = 0.5 * (low + high)
+                low, high = (middle, high) if self._can_pass(middle) else (low, middle)
+            high = low
+        return replace(self, eta=high)
 
     @property
     def rule(self) -> Bound:
@@ -276,12 +316,20 @@ class Constraint:
         return self.estimand
 
     def values(self, costs: ArrayLike) -> Floats:
-        """What is averaged: the costs c (B,), 1[c > 0] for a harm rate, η + (c - η)₊/α for CVaR."""
+        """What is averaged: the costs c (B,), 1[c > 0] for a harm rate, η + (c - η)₊/α for CVaR.
+
+        Raises:
+            InputError: η is not fixed.
+        """
         c = np.asarray(costs, dtype=np.float64)
         if self.estimand == "mean":
             return c
         if self.estimand == "cvar":
-            assert self.alpha is not None and self.eta is not None
+            if self.alpha is None or self.eta is None:
+                raise InputError(
+                    "eta is not fixed: it is taken from the costs of training, and there was none; "
+                    "give it as a number"
+                )
             values = tail_costs(c, self.alpha, self.eta)
         else:
             values = (c > 0).astype(np.float64)
@@ -308,8 +356,9 @@ class Constraint:
         miss = self.miss / constraints
         if recent is None or isinstance(self.rule, StudentT):
             return seldonian_pessimism(self.safety_prompts, self.delta, miss)
+        fixed = self.with_eta(recent)
         return bootstrap_pessimism(
-            self.rule, self.values(recent), self.safety_prompts, self.delta, miss, self.within
+            self.rule, fixed.values(recent), self.safety_prompts, self.delta, miss, fixed.within
         )
 
     def training_target(self, constraints: int = 1) -> float:
@@ -322,7 +371,10 @@ class Constraint:
 
     def forecast(self, costs: ArrayLike) -> float:
         """The bound that the safety test would find if its costs were spread like these (B,)."""
-        return self.rule.forecast(self.values(costs), self.safety_prompts, self.delta, self.within)
+        fixed = self.with_eta(costs)
+        return self.rule.forecast(
+            fixed.values(costs), self.safety_prompts, self.delta, fixed.within
+        )
 
     def pass_probability(self, costs: ArrayLike) -> float:
         """How likely a safety test is passed by a policy with these costs on m fresh prompts.
@@ -331,15 +383,16 @@ class Constraint:
         that are themselves drawn with replacement from these (m,): the first draw stands for not
         knowing the policy, the second for the test's own luck. 0 where a cost is not finite.
         """
-        values = self.values(costs)
-        if not np.isfinite(values).all():
+        if not np.isfinite(costs).all():
             return 0.0
+        fixed = self.with_eta(costs)
+        values = fixed.values(costs)
         generator = np.random.default_rng(0)
         passed = 0
         for _ in range(PASS_FORECASTS):
             known = generator.choice(values, values.size)
             sample = generator.choice(known, self.safety_prompts)
-            passed += bool(self.rule.passes(sample, self.threshold, self.delta, self.within))
+            passed += bool(self.rule.passes(sample, self.threshold, self.delta, fixed.within))
         return passed / PASS_FORECASTS
 
     # -- the safety test -----------------------------------------------------------------------

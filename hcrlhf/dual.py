@@ -61,7 +61,7 @@ class Dual:
         for constraint, variance, pessimism in zip(
             self.constraints, self.variances, self.pessimisms, strict=True
         ):
-            values = constraint.values(costs)
+            values = constraint.with_eta(self.recent).values(costs)
             spread = pairwise_spread(values, keys)
             current = float(spread.mean()) / 2
             std = variance.std(current)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -179,6 +180,11 @@ class Policy(ScoredPolicy):
         self.dual.constraints = self.constraints  # with the range that the cost model brought
         if stage == "fit":
             self._read_demonstrations()
+
+    def completed(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
+        """As before training; after it, with the η that training's costs give."""
+        ready = super().completed(constraints)
+        return tuple(c.with_eta(self.dual.recent) for c in ready) if self.dual.recent else ready
 
     def _read_demonstrations(self) -> None:
         """

@@ -165,12 +165,17 @@ class ScoredPolicy(AdapterModule):
         """
         Raises:
             InputError: several processes that would not see the same batches, or a finished policy
-                that would be trained.
+                that would be trained, or tested with a limit that only training completes.
         """
         if self.given is not None and stage not in ("test", "predict"):
             raise InputError(
                 f"policy: {self.given} is a finished policy, to be tested and not trained; remove "
                 "it, or use hcrlhf test"
+            )
+        if self.given is not None and any(c.needs_eta for c in self.constraints):
+            raise InputError(
+                "a cvar without eta takes it from the costs of training, and a finished policy "
+                "brings none; give eta as a number that was chosen without the safety prompts"
             )
         # Lightning has no public way to ask for this setting.
         connector = self.trainer._accelerator_connector

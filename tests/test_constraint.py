@@ -639,6 +639,53 @@ def test_tail_values_and_their_range_by_hand() -> None:
     assert whole.within == Range(-4.0, 4.0)
 
 
+@seeded
+@given(st.lists(st.floats(-4, 4), min_size=5, max_size=60), st.floats(0.05, 1.0))
+def test_eta_of_a_sample_gives_the_lowest_bound_on_its_worst_share(
+    costs: list[float], alpha: float
+) -> None:
+    def tail_mean(eta: float) -> float:
+        return float(tail_costs(costs, alpha, eta).mean())
+
+    eta = Constraint("cvar", 1e6, alpha=alpha).with_eta(costs).eta
+    assert eta is not None
+    # Convex in η: no sample point is better than the quantile, up to its interpolation.
+    gaps = np.diff(np.sort(costs))
+    assert tail_mean(eta) <= min(map(tail_mean, costs)) + max(gaps, default=0.0) / alpha
+
+
+def test_an_eta_that_is_not_given_is_the_quantile_of_costs_and_never_above_the_limit() -> None:
+    costs = np.linspace(-1.0, 1.0, 101)
+    left = Constraint("cvar", 2.0, safety_prompts=200, alpha=0.25, lower=-4.0, upper=4.0)
+    assert left.needs_eta and left.with_eta(costs).eta == pytest.approx(0.5)
+    assert left.rule == left.with_eta(costs).rule == Betting("star")
+    low = Constraint("cvar", 0.2, safety_prompts=200, alpha=0.25)  # Hall's t
+    assert low.with_eta(costs).eta == 0.2
+    given = replace(left, eta=-1.0)
+    assert not given.needs_eta and given.with_eta(costs) is given
+    # Forecasts and the margin of training are those of the constraint with that η.
+    fixed = left.with_eta(costs)
+    assert left.forecast(costs) == fixed.forecast(costs)
+    assert left.pass_probability(costs) == fixed.pass_probability(costs)
+    assert left.training_pessimism(1, costs) == fixed.training_pessimism(1, costs)
+    assert left.pass_probability([math.nan, 0.0]) == 0.0
+    # A judgement is asked of a fixed one alone.
+    assert "eta is not fixed" in refusal(lambda: replace(left, safety_prompts=101).judge(costs))
+
+
+def test_an_eta_is_lowered_to_where_a_test_can_still_be_passed_or_refused_before_training() -> None:
+    def tail(threshold: float) -> Constraint:
+        return Constraint("cvar", threshold, 0.05, 100, alpha=0.25, lower=-4.0, upper=4.0)
+
+    high = np.full(50, 3.0)
+    eta = tail(1.0).with_eta(high).eta
+    assert eta is not None and -4.0 < eta < 1.0
+    # All costs at or below η: U is the limit itself, so a larger η could never be passed.
+    bound = tail(1.0).with_eta(high).judge(np.full(100, eta))
+    assert bound.passed and bound.upper == pytest.approx(1.0, abs=1e-6)
+    assert "cannot be shown with 100 safety prompts" in refusal(lambda: tail(-3.5))
+
+
 def test_the_range_of_a_mean_is_the_declared_one_and_that_of_a_rate_is_known() -> None:
     assert capped().within == Range(-4.0, 4.0)
     assert Constraint("mean", 0.0).within == Range(None, None)
@@ -808,8 +855,7 @@ CVAR: dict[str, Any] = {"estimand": "cvar", "threshold": 1.0, "alpha": 0.1, "eta
         ({**MEAN, "upper": -1.0}, "threshold of 0.0 at or above the cap -1.0"),
         ({**MEAN, "upper": 0.0, "bound": HallT()}, "threshold of 0.0 at or above the cap 0.0"),
         ({**CVAR, "upper": 1.0}, "threshold of 1.0 at or above the cap 1.0"),
-        ({**CVAR, "alpha": None}, "cvar needs alpha and eta, both fixed beforehand"),
-        ({**CVAR, "eta": None}, "cvar needs alpha and eta, both fixed beforehand"),
+        ({**CVAR, "alpha": None}, "cvar needs alpha, the share of worst responses"),
         ({**CVAR, "alpha": 0.0}, r"alpha.* lies in \(0, 1\], got 0.0"),
         ({**CVAR, "alpha": 1.1}, r"alpha.* lies in \(0, 1\], got 1.1"),
         ({**CVAR, "alpha": math.nan}, r"alpha.* lies in \(0, 1\], got nan"),

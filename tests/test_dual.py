@@ -255,6 +255,21 @@ def test_a_dual_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
         Dual([MEAN], rule).load(first.state())
 
 
+def test_the_eta_of_a_worst_share_follows_the_recent_costs() -> None:
+    tail = Constraint("cvar", 3.0, alpha=0.2, lower=-4.0, upper=4.0, safety_prompts=40)
+    dual, seen = Dual([tail], ProjectedMultiplier()), []
+    for number in range(4):
+        seen.append(rollout(number, mean=0.5 * number))
+        rows, _ = dual.judge(seen[-1], different_prompts(20))
+        recent = np.concatenate(seen[-2:])  # the last safety_prompts costs
+        values = np.maximum(seen[-1] - np.quantile(recent, 0.8), 0.0)
+        # Up to scale and zero the row is the tail costs and what the pessimism adds of them.
+        spread = pairwise_spread(values, different_prompts(20))
+        parts = np.stack([np.ones(20), values, spread])
+        residual = np.linalg.lstsq(parts.T, rows[0], rcond=None)[1]
+        assert residual[0] < 1e-18
+
+
 def test_the_count_at_the_cap_begins_anew_when_a_multiplier_leaves_it() -> None:
     dual = Dual([MEAN, RATE], ProjectedMultiplier(learning_rate=1.0, maximum=2.0))
     counts = []

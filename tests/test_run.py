@@ -325,6 +325,19 @@ def test_a_resumed_run_ends_with_the_weights_of_the_unbroken_one(
     assert (part / "metrics-1.csv").is_file()
 
 
+def test_a_worst_share_without_eta_takes_it_from_training_and_its_test_can_be_verified(
+    demo: Path, tmp_path: Path
+) -> None:
+    tail = json.dumps([{"estimand": "cvar", "threshold": 3.9, "alpha": 0.2, "safety_prompts": 30}])
+    root = tmp_path / "run"
+    assert fit(demo, root, *SMALL, f"--model.init_args.constraints={tail}", tested()) == PASSED
+    state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+    recent = state["policy"]["dual"]["recent"]
+    (planned,) = read(root / "certificate.json")["plan"]["constraints"]
+    assert planned["eta"] == np.quantile(recent, 0.8)
+    assert main(["verify", str(root / "certificate.json")]) == PASSED
+
+
 def test_a_safety_test_that_breaks_off_goes_on_where_it_was(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1272,6 +1285,11 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     shutil.copy(given / "tokenizer.json", wrong)
     (wrong / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     says(outcome_of(demo, wrong, root), "has another chat template than the test asks with")
+    tail = json.dumps([{"estimand": "cvar", "threshold": 3.5, "alpha": 0.1, "safety_prompts": 30}])
+    says(
+        outcome_of(demo, given, root, f"--model.init_args.constraints={tail}"),
+        "give eta as a number that was chosen without the safety prompts",
+    )
     last = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
     says(outcome_of(demo, given, root, *last), "are two policies; give one")
     says(main(["test", "--policy"]), "expected the folder of a policy")
