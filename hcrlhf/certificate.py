@@ -234,12 +234,17 @@ RETROSPECTIVE = COST_MODEL + (
 )
 
 
-def make_claim(constraints: Sequence[Constraint], retrospective: bool) -> dict[str, Any]:
-    """Sentence, limits, error probability, class, assumptions, and what is not covered."""
+def make_claim(constraints: Sequence[Constraint], plan: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Sentence, limits, error probability, class, assumptions, and what is not covered.
+
+    Args:
+        plan: None for a retrospective certificate.
+    """
+    retrospective = plan is None
     not_covered = RETROSPECTIVE if retrospective else NOT_COVERED
-    squashed = next((c for c in constraints if c.lower is not None and c.upper is not None), None)
-    if squashed and not retrospective:
-        not_covered += SQUASHED.format(lower=squashed.lower, upper=squashed.upper)
+    ranged = next((c for c in constraints if c.lower is not None and c.upper is not None), None)
+    if ranged and plan is not None and _squashes(plan):
+        not_covered += SQUASHED.format(lower=ranged.lower, upper=ranged.upper)
     where = "the table" if retrospective else "the safety set"
     return {
         "sentence": claim_sentence(constraints, where),
@@ -250,6 +255,12 @@ def make_claim(constraints: Sequence[Constraint], retrospective: bool) -> dict[s
         "population": f"prompts drawn like those of {where}, one response each",
         "not_covered": not_covered,
     }
+
+
+def _squashes(plan: Mapping[str, Any]) -> bool:
+    """Whether the range of the cost is that of a squash; older plans know no other."""
+    provenance = plan.get("provenance")
+    return not isinstance(provenance, Mapping) or provenance.get("squash", True) is not None
 
 
 # -- certificate -----------------------------------------------------------------------------------
@@ -276,7 +287,7 @@ def make_certificate(
         "schema": SCHEMA,
         "kind": "retrospective" if plan is None else "committed",
         "verdict": "PASS" if all(j.passed for j in judgements) else "NO_SOLUTION_FOUND",
-        "claim": make_claim(constraints, plan is None),
+        "claim": make_claim(constraints, plan),
         "bounds": describe_bounds(constraints, judgements),
         "data": {
             "n": len(samples.keys),

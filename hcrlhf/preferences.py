@@ -78,6 +78,11 @@ def check_squash(squash: float, role: str) -> None:
         )
 
 
+def squash_range(limit: float | None) -> tuple[float, float] | None:
+    """[-S, S], where costs lie that were squashed with S; None without."""
+    return None if limit is None else (-limit, limit)
+
+
 def squashed(scores: Floats, limit: float | None) -> Floats:
     """c' = S · tanh(c / S) in float64, which lies in [-S, S] whatever c is; c itself without S.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from hcrlhf.classifier import Classifier, Dtype, load_classifier
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, user_turn
 from hcrlhf.hashing import file_sha256, sha256
-from hcrlhf.preferences import check_squash
+from hcrlhf.preferences import check_squash, squash_range
 from hcrlhf.samples import Floats
 from hcrlhf.stages import ScoreMoments, fingerprint, read_classifier_stage, read_prompt_keys
 from hcrlhf.text import one_line
@@ -43,16 +44,25 @@ class Scorer(ABC):
             rollout, whose responses are the reference's.
         squash: S of a cost: policy and safety test see c' = S tanh(c / S), which lies in [-S, S],
             so that an exact bound on its mean exists.
+        lower, upper: the range that a cost keeps to by itself, in place of a squash. A score
+            outside of it ends the run.
     """
 
     mean: float | None = None
     std: float | None = None
     squash: float | None = None
+    lower: float | None = None
+    upper: float | None = None
     # Whether the zero of the score is known to mean nothing (trained without sign terms).
     arbitrary_zero = False
 
     def __init__(
-        self, mean: float | None = None, std: float | None = None, squash: float | None = None
+        self,
+        mean: float | None = None,
+        std: float | None = None,
+        squash: float | None = None,
+        lower: float | None = None,
+        upper: float | None = None,
     ) -> None:
         if (mean is None) != (std is None):
             raise InputError(f"mean and std of a scorer are given together, got {mean} and {std}")
@@ -60,7 +70,15 @@ class Scorer(ABC):
             raise InputError(f"std of a scorer is positive, got {std}")
         if squash is not None:
             check_squash(squash, "cost")
+        if (lower is None) != (upper is None) or (lower is not None and squash is not None):
+            raise InputError(
+                "a cost has a squash, or a range of its own by lower and upper together; got "
+                f"lower {lower}, upper {upper} and squash {squash}"
+            )
+        if lower is not None and upper is not None and not -math.inf < lower < upper < math.inf:
+            raise InputError(f"the range of a scorer is lower < upper, got [{lower}, {upper}]")
         self.mean, self.std, self.squash = mean, std, squash
+        self.lower, self.upper = lower, upper
 
     @abstractmethod
     def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
@@ -91,6 +109,8 @@ class Scorer(ABC):
         """
         if self.squash is not None:
             check_squash(self.squash, slot)
+        if self.lower is not None and slot == "reward":
+            raise InputError(f"{slot}: lower and upper of {self.name} are for a cost; remove them")
         try:
             scores = self.checked(PROBE_PROMPTS, PROBE_RESPONSES)
         except RuntimeError as error:
@@ -117,7 +137,22 @@ class Scorer(ABC):
             raise RuntimeError(
                 f"{self.name} raised {type(error).__name__}: {one_line(error)}"
             ) from error
-        return one_per_response(scores, len(responses), self.name)
+        vector = one_per_response(scores, len(responses), self.name)
+        if self.lower is not None and self.upper is not None:
+            outside = vector[(vector < self.lower) | (vector > self.upper)]
+            if outside.size:
+                raise RuntimeError(
+                    f"{self.name} gave {outside[0]:g}, outside of the range "
+                    f"[{self.lower:g}, {self.upper:g}] that it declares"
+                )
+        return vector
+
+    @property
+    def cost_range(self) -> tuple[float, float] | None:
+        """In which the costs lie that policy and safety test see; None where nothing says so."""
+        if self.lower is not None and self.upper is not None:
+            return self.lower, self.upper
+        return squash_range(self.squash)
 
     def provenance(self) -> dict[str, Any]:
         """What the plan of a safety test commits to where this is the cost."""
@@ -126,6 +161,7 @@ class Scorer(ABC):
             "class_path": f"{cls.__module__}.{cls.__qualname__}",
             "source": source_hash(cls, self.name),
             "squash": self.squash,
+            "range": self.cost_range and list(self.cost_range),
         }
 
     def training_prompt_keys(self) -> frozenset[str]:
@@ -201,7 +237,7 @@ class PythonScorer(Scorer):
 
     Args:
         function: its dotted path, package.module.f.
-        mean, std, squash: `Scorer`.
+        mean, std, squash, lower, upper: `Scorer`.
     """
 
     def __init__(
@@ -210,8 +246,10 @@ class PythonScorer(Scorer):
         mean: float | None = None,
         std: float | None = None,
         squash: float | None = None,
+        lower: float | None = None,
+        upper: float | None = None,
     ) -> None:
-        super().__init__(mean, std, squash)
+        super().__init__(mean, std, squash, lower, upper)
         self.path = function
 
     @cached_property
@@ -236,6 +274,7 @@ class PythonScorer(Scorer):
             "function": self.path,
             "source": source_hash(thing, self.name),
             "squash": self.squash,
+            "range": self.cost_range and list(self.cost_range),
         }
 
 

@@ -202,7 +202,8 @@ def _bounds(record: Mapping[str, Any]) -> list[Check]:
 def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
     """The claim, the diagnostics and the page say what the bounds say."""
     constraints = _constraints(record["bounds"], len(record["data"]["prompts"]))
-    claim = cert.make_claim(constraints, record["kind"] == "retrospective")
+    plan = None if record["kind"] == "retrospective" else record["plan"]
+    claim = cert.make_claim(constraints, plan)
     found = cert.diagnose(constraints, _samples(record).costs[:, 0, 0])
     said = record["diagnostics"]
     agrees = set(said) == set(found) and all(_agree(said[key], found[key]) for key in found)

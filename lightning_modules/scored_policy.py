@@ -33,7 +33,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, Prompt
 from hcrlhf.hashing import file_sha256, folder_hashes
 from hcrlhf.phases import Phases
-from hcrlhf.preferences import squashed
+from hcrlhf.preferences import squash_range, squashed
 from hcrlhf.release import complete, require_same_answers
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
 from hcrlhf.safety import CostSamples
@@ -213,8 +213,10 @@ class ScoredPolicy(AdapterModule):
         for slot, scorer in self.scorers.items():
             scorer.prepare(slot)
         self._read_moments()
-        cost = self.scorers.get("cost") or stages["cost"]
-        self.squash = cost.squash
+        self.squash = (self.scorers.get("cost") or stages["cost"]).squash
+        self.cost_range = squash_range(self.squash)
+        if "cost" in self.scorers:
+            self.cost_range = self.scorers["cost"].cost_range
         self.constraints = self.completed(self.constraints)
         for constraint in self.constraints:
             if constraint.rule.kind == "asymptotic":
@@ -259,13 +261,14 @@ class ScoredPolicy(AdapterModule):
         Raises:
             InputError: a constraint declares a range that is not a fact, or needs one.
         """
-        if self.squash is not None:
-            return tuple(c.with_range(-self.squash, self.squash).ready() for c in constraints)
+        if self.cost_range is not None:
+            return tuple(c.with_range(*self.cost_range).ready() for c in constraints)
         for constraint in constraints:
             if constraint.upper is not None or constraint.lower is not None:
                 raise InputError(
                     "the constraint declares lower or upper, but nothing limits the costs of "
-                    f"{self._named('cost')}; give it a squash, which brings its own range"
+                    f"{self._named('cost')}; give it a squash, which brings its own range, or as "
+                    "a scorer its lower and upper"
                 )
         return tuple(c.ready() for c in constraints)
 

@@ -547,7 +547,7 @@ def test_a_claim_says_error_probability_limit_and_whether_it_is_exact(
     sentence = claim_sentence([constraint])
     assert all(word in sentence for word in words)
     assert ("about at most" in sentence) == (constraint.rule.kind == "asymptotic")
-    assert make_claim([constraint], False)["class"] == constraint.rule.kind
+    assert make_claim([constraint], {})["class"] == constraint.rule.kind
 
 
 def test_the_claim_is_one_joint_sentence_about_the_limits() -> None:
@@ -567,23 +567,23 @@ def test_no_bound_that_was_found_is_ever_claimed() -> None:
         for bound in record["bounds"]:
             upper = bound["found"]["upper"]
             assert f"{upper:.3g}" not in claim and round_up(upper) not in claim
-        assert record["claim"] == make_claim(constraints, False)  # from the limits alone
+        assert record["claim"] == make_claim(constraints, {})  # from the limits alone
 
 
 def test_a_joint_claim_is_of_the_weakest_class_and_the_largest_granted_delta() -> None:
     assert weakest_class([STAR, RATE]) == "exact"
     assert weakest_class([STAR, RATE, MEAN]) == weakest_class([TAIL]) == "asymptotic"
-    claim = make_claim([STAR.granted(0.00625), RATE.granted(0.0125), TAIL], False)
+    claim = make_claim([STAR.granted(0.00625), RATE.granted(0.0125), TAIL], {})
     assert claim["class"] == "asymptotic"
     assert claim["error_probability"] == 0.05
     assert claim["sentence"].endswith("with a probability of about at most 5%.")
-    exact = make_claim([STAR.granted(0.00625), RATE.granted(0.0125)], False)
+    exact = make_claim([STAR.granted(0.00625), RATE.granted(0.0125)], {})
     assert (exact["class"], exact["error_probability"]) == ("exact", 0.0125)
     assert exact["sentence"].endswith("with a probability of at most 1.25%.")
 
 
 def test_a_claim_lists_limits_and_every_assumption_once() -> None:
-    claim = make_claim([STAR, RATE, replace(STAR, threshold=1.0)], False)
+    claim = make_claim([STAR, RATE, replace(STAR, threshold=1.0)], {})
     assert claim["limits"] == [limit_sentence(c) for c in (STAR, RATE)] + [
         "the average cost of a response is at most 1"
     ]
@@ -599,17 +599,20 @@ def test_a_claim_about_a_squashed_cost_says_so() -> None:
         "The cost is squashed into [-4, 4]; of the average of the cost before that, nothing is "
         "claimed."
     )
-    assert make_claim([STAR], False)["not_covered"] == f"{NOT_COVERED} {words}"
-    assert make_claim([RATE, STAR], False)["not_covered"] == f"{NOT_COVERED} {words}"
+    assert make_claim([STAR], {})["not_covered"] == f"{NOT_COVERED} {words}"
+    assert make_claim([RATE, STAR], {})["not_covered"] == f"{NOT_COVERED} {words}"
     for constraints in ([MEAN], [RATE, TAIL]):
-        assert make_claim(constraints, False)["not_covered"] == NOT_COVERED
+        assert make_claim(constraints, {})["not_covered"] == NOT_COVERED
+    # The plan says whether there was a squash, or the cost function keeps to the range by itself.
+    for squash, said in ((4.0, f"{NOT_COVERED} {words}"), (None, NOT_COVERED)):
+        assert make_claim([STAR], {"provenance": {"squash": squash}})["not_covered"] == said
 
 
 @pytest.mark.parametrize("constraints", [[STAR], [MEAN, RATE]])
 def test_a_retrospective_claim_says_that_nothing_was_committed_to(
     constraints: list[Constraint],
 ) -> None:
-    claim = make_claim(constraints, True)
+    claim = make_claim(constraints, None)
     for words in (
         COST_MODEL,
         "drawn like those of the table",

@@ -141,6 +141,11 @@ def test_later_a_scorer_that_breaks_is_named_and_nan_is_left_to_the_caller() -> 
         ({"mean": 1.0}, "mean and std of a scorer are given together"),
         ({"mean": 1.0, "std": 0.0}, "std of a scorer is positive"),
         ({"squash": -1.0}, "squash is the positive cap of a cost model, got -1.0"),
+        ({"lower": 0.0}, "lower and upper together; got lower 0.0, upper None and squash None"),
+        ({"lower": 0.0, "upper": 1.0, "squash": 1.0}, "has a squash, or a range of its own"),
+        ({"lower": 1.0, "upper": 1.0}, r"range of a scorer is lower < upper, got \[1.0, 1.0\]"),
+        ({"lower": 0.0, "upper": math.inf}, r"is lower < upper, got \[0.0, inf\]"),
+        ({"lower": math.nan, "upper": 1.0}, r"is lower < upper, got \[nan, 1.0\]"),
     ],
 )
 def test_moments_and_squash_out_of_range_are_refused(
@@ -155,6 +160,26 @@ def test_a_reward_is_not_squashed() -> None:
     scorer.prepare("cost")
     with pytest.raises(InputError, match=r"got 2.0 for a reward model"):
         scorer.prepare("reward")
+
+
+def test_a_cost_that_declares_its_range_keeps_to_it() -> None:
+    scorer = PythonScorer(f"{HERE}.length", lower=0.0, upper=20.0)
+    scorer.prepare("cost")
+    assert scorer.cost_range == (0.0, 20.0)
+    assert PythonScorer(f"{HERE}.length", squash=2.0).cost_range == (-2.0, 2.0)
+    assert PythonScorer(f"{HERE}.length").cost_range is None
+    prompts = [user_turn("a"), user_turn("b")]
+    assert scorer.checked(prompts, ["x" * 20, ""]).tolist() == [20.0, 0.0]
+    with pytest.raises(RuntimeError, match=r"gave 21, outside of the range \[0, 20\]"):
+        scorer.checked(prompts, ["x" * 21, ""])
+    short = PythonScorer(f"{HERE}.length", lower=0.0, upper=3.0)
+    with pytest.raises(InputError, match="cost: .*length gave 13, outside of the range"):
+        short.prepare("cost")
+    with pytest.raises(InputError, match="reward: lower and upper of .*length are for a cost"):
+        scorer.prepare("reward")
+    # What is not a number is for the caller to refuse.
+    nan = PythonScorer(f"{HERE}.nan", lower=0.0, upper=1.0)
+    assert np.isnan(nan.checked([user_turn("a")], ["x"])).all()
 
 
 def test_the_moments_of_the_first_rollout_by_hand() -> None:
@@ -173,6 +198,7 @@ def test_the_certificate_names_the_function_and_the_hash_of_its_file() -> None:
         "function": f"{HERE}.length",
         "source": file_sha256(Path(__file__)),
         "squash": 2.0,
+        "range": [-2.0, 2.0],
     }
     with pytest.raises(InputError, match="has no source file"):
         PythonScorer("operator.add").provenance()
@@ -347,6 +373,36 @@ def callbacks(**options: Any) -> str:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def briefness(prompts: list[Any], responses: list[str]) -> list[float]:
+    """A cost in [-1, 0] by itself: nearer to 0 the shorter the response."""
+    return [-min(len(response), 200) / 200 for response in responses]
+
+
+def test_a_cost_with_a_range_of_its_own_is_bounded_exactly_and_nothing_is_said_of_a_squash(
+    runs: Path, tmp_path: Path
+) -> None:
+    root = tmp_path / "run" / "policy"
+    cost = python("briefness", lower=-1.0, upper=0.0)
+    limit = "[{estimand: mean, threshold: -0.001, safety_prompts: 30, delta: 0.2}]"
+    arguments = policy_arguments(runs, root, python("length"), cost, callbacks())
+    arguments.append(f"--model.init_args.constraints={limit}")
+    assert main(["fit", *arguments]) == PASSED
+    record = read(root / "certificate.json")
+    (bound,) = record["bounds"]
+    assert (bound["bound"], bound["lower"], bound["upper"]) == ("betting", -1.0, 0.0)
+    assert (bound["class"], record["claim"]["class"]) == ("exact", "exact")
+    assert "squash" not in record["claim"]["not_covered"]
+    provenance = record["plan"]["provenance"]
+    assert provenance["squash"] is None and provenance["cost_model"]["range"] == [-1.0, 0.0]
+    responses = [json.loads(x) for x in (root / "responses.jsonl").read_text().splitlines()]
+    assert [r["cost"] for r in responses] == briefness([], [r["response"] for r in responses])
+    assert main(["verify", str(root / "certificate.json")]) == PASSED
+    # The squash of a cost model is said, as before.
+    record["plan"]["provenance"]["squash"] = 4.0
+    (root / "certificate.json").write_text(json.dumps(record))
+    assert main(["verify", str(root / "certificate.json")]) != PASSED
 
 
 def test_an_encoder_is_trained_and_measured_as_a_cost_model(runs: Path) -> None:
