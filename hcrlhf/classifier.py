@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message
-from hcrlhf.text import PLAIN_TEMPLATE, load_tokenizer, one_line
+from hcrlhf.text import PLAIN_TEMPLATE, load_tokenizer, one_line, refuse_clock
 
 MOST_TOKENS = 2048  # where neither the user nor the model names a limit
 
@@ -167,6 +167,8 @@ class Classifier(nn.Module):
                 f"{self.source} is a decoder without a chat template, so how it wants to see a "
                 "dialogue is not known; set chat_template"
             )
+        if self.template is not None:
+            refuse_clock(self.template, self.source, "chat_template")
         if not self.pools_last_token and self.tokenizer.pad_token_id is None:
             raise InputError(f"{self.source} has no padding token; set pad_token in its tokenizer")
 

@@ -33,6 +33,22 @@ PLAIN_TEMPLATE = (
 )
 
 
+def refuse_clock(template: str, source: str, setting: str) -> None:
+    """
+    Args:
+        source: whose template it is. setting: the key that takes another.
+
+    Raises:
+        InputError: what the template renders depends on the day.
+    """
+    if "strftime_now" in template:
+        raise InputError(
+            f"the chat template of {source} writes today's date into every prompt, so that what is "
+            f"tested today is not what is used tomorrow; set {setting} to one that does not "
+            "(configs/models has an example)"
+        )
+
+
 @dataclass(frozen=True)
 class ChatFormat:
     """How dialogues become tokens. Set once, by the supervised stage; later stages read it.
@@ -193,12 +209,7 @@ class TextEncoder:
         self.tokenizer = tokenizer
         self.chat = chat
         self.template = chat.chat_template or tokenizer.chat_template or PLAIN_TEMPLATE
-        if "strftime_now" in self.template:
-            raise InputError(
-                f"the chat template of {tokenizer.name_or_path!r} writes today's date into every "
-                "prompt, so that what is tested today is not what is used tomorrow; set "
-                "chat.chat_template to one that does not (configs/models has an example)"
-            )
+        refuse_clock(self.template, f"{tokenizer.name_or_path!r}", "chat.chat_template")
         self.eos_id: int = tokenizer.eos_token_id
         self.pad_id: int = tokenizer.pad_token_id
         self.stop_ids = [self.eos_id, *map(self._stop_id, chat.stop_tokens)]

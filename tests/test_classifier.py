@@ -227,6 +227,9 @@ def test_what_does_not_fit_together_is_refused_in_one_line(
         Classifier(model, other, "m")
     with pytest.raises(InputError, match="no padding token"):
         Classifier(model, make_tokenizer(pad=None), "m")
+    clock = "{{ strftime_now('%d %b %Y') }}{{ messages[0]['content'] }}"
+    with pytest.raises(InputError, match="of m writes today's date .*; set chat_template to one"):
+        Classifier(model, make_tokenizer(), "m", chat_template=clock)
     model.config.is_encoder_decoder = True
     with pytest.raises(InputError, match="is an encoder-decoder"):
         Classifier(model, make_tokenizer(), "m")
