@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 # Before anything can import a tokenizer: they warn about forking otherwise.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -306,6 +307,12 @@ def run(arguments: Sequence[str]) -> int:
             raise found from None
         if isinstance(error, ValueError) and "Does not validate" in str(error):
             raise InputError(short_error(str(error))) from error
+        if isinstance(error, torch.OutOfMemoryError):  # a policy has halved its passes before
+            raise InputError(
+                f"out of memory ({one_line(error)}); halve data.init_args.batch_size and double "
+                "trainer.accumulate_grad_batches, or set model.init_args.gradient_checkpointing: "
+                "true; hcrlhf doctor says what fits"
+            ) from None
         raise
     if getattr(cli.trainer, "interrupted", False):
         return INTERRUPTED

@@ -732,6 +732,17 @@ def test_one_sequence_that_does_not_fit_ends_the_run_in_one_line(
     assert read(root / "verdict.json")["verdict"] == "NOT_TESTED"
 
 
+def test_an_earlier_stage_that_runs_out_of_memory_says_which_keys_to_change(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out_of_memory_above(8, "hidden", monkeypatch)
+    assert fit_stage(demo, "sft", tmp_path / "sft") == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
+    assert "CUDA out of memory" in line and "halve data.init_args.batch_size" in line
+    smaller = ["--data.init_args.batch_size", "8", "--trainer.accumulate_grad_batches", "4"]
+    assert fit_stage(demo, "sft", tmp_path / "smaller", *smaller) == PASSED
+
+
 def test_rollouts_that_do_not_fit_are_drawn_in_parts_and_are_the_same(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
