@@ -23,7 +23,8 @@ class BestCandidate(Callback):
     constraints each is given its share of the miss, as in training. If there is none, the last
     policy stays, and the candidate check of `callbacks.SafetyTest` has its say.
 
-    The looks touch no safety prompt, so the promise holds whatever they choose.
+    The looks touch no safety prompt, so the promise holds whatever they choose. A finished run that
+    is resumed with more updates goes on from its last policy, not from the candidate.
 
     Args:
         every_n_updates: updates between two looks; there is one more after the last update.
@@ -46,6 +47,7 @@ class BestCandidate(Callback):
         self.start = start
         self.batch_size = batch_size
         self._best: dict[str, Any] = {}
+        self._last: dict[str, Any] = {}  # of a run that ended with another policy
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(pl_module, OffersCandidates):
@@ -53,6 +55,13 @@ class BestCandidate(Callback):
                 f"BestCandidate chooses among policies, and {type(pl_module).__name__} is none; "
                 "remove callbacks.BestCandidate from the config"
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        update = cast(SafetyTestable, pl_module).updates
+        if self._last and update < data.updates:
+            cast(OffersCandidates, pl_module).load_policy_state(self._last, update)
+            self._last = {}
 
     def on_train_batch_end(
         self,
@@ -108,13 +117,13 @@ class BestCandidate(Callback):
         if not self._best:
             rank_zero_info("no policy of this run is likely to pass; the last one stays")
             return
-        cast(OffersCandidates, pl_module).load_policy_state(
-            self._best["state"], self._best["update"]
-        )
+        module = cast(OffersCandidates, pl_module)
+        self._last = module.policy_state()
+        module.load_policy_state(self._best["state"], self._best["update"])
         rank_zero_info(f"the candidate is the policy after update {self._best['update']}")
 
     def state_dict(self) -> dict[str, Any]:
-        return dict(self._best)
+        return {"best": dict(self._best), "last": dict(self._last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best = dict(state_dict)
+        self._best, self._last = dict(state_dict["best"]), dict(state_dict["last"])

@@ -82,6 +82,9 @@ class Run:
         self.weights, self.candidate = state["w"], update
 
     def fit(self, callback: BestCandidate, begin: int = 0) -> None:
+        self.updates = begin
+        callback.on_train_start(self.trainer, self)  # type: ignore[arg-type]
+        self.began_with = self.weights.item()
         for update in range(begin + 1, self.trainer.datamodule.updates + 1):
             self.updates = update
             self.weights = torch.tensor([float(update)])
@@ -113,6 +116,28 @@ def test_the_candidate_survives_a_checkpoint() -> None:
     after.load_state_dict(before.state_dict())
     whole.fit(after, begin=2)
     assert (whole.candidate, whole.weights.item()) == (2, 2.0)
+
+
+def test_a_finished_run_with_more_updates_goes_on_from_its_last_policy_not_from_the_candidate() -> (
+    None
+):
+    looks = {2: (3.0, -1.0), 4: (1.0, -1.0), 6: (2.0, -1.0)}
+    first, longer, again = Run(looks, updates=4), Run(looks, updates=6), Run(looks, updates=4)
+    callback = BestCandidate(every_n_updates=2, start=0.0)
+    first.fit(callback)
+    assert (first.candidate, first.weights.item()) == (2, 2.0)
+    resumed = BestCandidate(every_n_updates=2, start=0.0)
+    resumed.load_state_dict(callback.state_dict())
+    longer.weights = first.weights
+    longer.fit(resumed, begin=4)
+    assert longer.began_with == 4.0
+    assert (longer.candidate, longer.weights.item()) == (2, 2.0)
+    # Nothing more to train, as where only the test is pending: the candidate stays.
+    resumed.load_state_dict(callback.state_dict())
+    again.weights = first.weights
+    again.updates = 4
+    resumed.on_train_start(again.trainer, again)  # type: ignore[arg-type]
+    assert again.weights.item() == 2.0
 
 
 @pytest.mark.parametrize(

@@ -549,6 +549,33 @@ def test_a_run_that_ended_before_its_test_is_trained_longer(stages: Path, tmp_pa
         assert torch.equal(ours["state_dict"][name], tensor)
 
 
+def test_a_run_that_chose_its_candidate_and_is_trained_longer_ends_as_the_unbroken_one(
+    stages: Path, tmp_path: Path
+) -> None:
+    looks = {"every_n_updates": 1, "start": 0.0}
+    named = [
+        {"class_path": "callbacks.BestCandidate", "init_args": looks},
+        {"class_path": "callbacks.Checkpoint"},
+    ]
+    more = [LIMIT % 3.5, f"--trainer.callbacks={json.dumps(named)}"]
+    more += ["--model.init_args.schedule", "constant"]
+    longer = ["--data.init_args.updates", "6"]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    fit(stages, whole, *more, *longer)
+    fit(stages, part, *more, "--data.init_args.updates", "3")
+    last = part / "checkpoints" / "last.ckpt"
+    chosen = torch.load(last, weights_only=True)["policy"]["candidate"]
+    assert chosen in (1, 2)  # so that the candidate is not where training goes on
+    fit(stages, part, *more, *longer, "--ckpt_path", "last")
+    ours, theirs = (
+        torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+        for folder in (part, whole)
+    )
+    assert ours["policy"] == theirs["policy"] and ours["policy"]["updates"] == 6
+    for name, tensor in theirs["state_dict"].items():
+        assert torch.equal(ours["state_dict"][name], tensor)
+
+
 def test_a_checkpoint_that_was_cut_off_is_one_line(
     stages: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
