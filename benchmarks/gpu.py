@@ -23,6 +23,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,9 @@ STAGES: dict[str, Sizes] = {
     "PPO, shared critics": replace(BASE, score_rows=4, rollout_rows=32, frozen=3, shared_heads=3),
     "PPO, separate critics": replace(BASE, score_rows=4, rollout_rows=32, frozen=3, critics=3),
     "RLOO": replace(BASE, score_rows=4, rollout_rows=32, frozen=3),
+    "RLOO, unpacked rollouts": replace(
+        BASE, score_rows=4, rollout_rows=32, frozen=3, unpacked=True
+    ),
 }
 
 
@@ -230,7 +234,8 @@ def passes(own: Backbone, sizes: Sizes, optimizer: Any, vocabulary: int, meter: 
     batch = tokens(sizes.rows, RESPONSE, vocabulary).to(device)
 
     def rollout() -> None:
-        with autocast, own.merged("policy"):
+        copies = own.unpacked() if sizes.unpacked else nullcontext()
+        with autocast, own.merged("policy"), copies:
             # No token stops a response, so that all have full length.
             sample(own, prompts, list(range(len(prompts))), Decoding(), RESPONSE, [-1], 0)
 
@@ -284,7 +289,7 @@ def measure(models: list[str], memory: float | None, device: torch.device) -> No
     found: dict[str, Any] = {"memory": memory, **versions(device), "rates": rates(device)}
     found["rows"] = []
     for model in models:
-        for stage in ("PPO, shared critics", "RLOO"):
+        for stage in ("PPO, shared critics", "RLOO", "RLOO, unpacked rollouts"):
             row = measure_one(model, stage, device)
             found["rows"].append(row)
             print(json.dumps(row), flush=True)

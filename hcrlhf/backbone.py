@@ -327,6 +327,31 @@ class Backbone(nn.Module):
                 yield weight, data
 
     @contextmanager
+    def unpacked(self) -> Iterator[None]:
+        """4-bit layers multiply by copies of their weights, unpacked once and not in every pass.
+
+        A copy holds the same values in the dtype of the products (2 bytes a weight in bfloat16), so
+        that results differ by rounding at most. For passes without gradients; nothing happens where
+        no layer is packed.
+        """
+        if not self.quantized:
+            yield
+            return
+        from bitsandbytes.nn import Linear4bit
+
+        layers: list[Any] = [m for m in self.model.modules() if isinstance(m, Linear4bit)]
+        kept = [layer.__dict__.get("forward") for layer in layers]
+        try:
+            for layer in layers:
+                layer.forward = _unpacked_product(layer)
+            yield
+        finally:
+            for layer, forward in zip(layers, kept, strict=True):
+                del layer.forward
+                if forward is not None:  # a hook's
+                    layer.forward = forward
+
+    @contextmanager
     def inference(self) -> Iterator[None]:
         """Evaluation mode without gradients, and back. Mixed adapters and a KV cache need it."""
         training = self.training
@@ -526,6 +551,20 @@ class Backbone(nn.Module):
 def token_chunk(vocabulary: int) -> int:
     """How many tokens go through the output layer together: LOGITS logits, 64 MiB in float32."""
     return max(1, LOGITS // vocabulary)
+
+
+def _unpacked_product(layer: Any) -> Callable[[Tensor], Tensor]:
+    """The forward pass of bitsandbytes' 4-bit linear layer, by an unpacked copy of its weight."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    dtype = layer.compute_dtype or layer.weight.quant_state.dtype
+    weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+
+    def product(x: Tensor) -> Tensor:
+        return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+
+    return product
 
 
 def _require_plain_lora(config: Any, folder: str | Path) -> None:

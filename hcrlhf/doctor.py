@@ -152,6 +152,7 @@ def sizes_of(config: Config, base: Base) -> Sizes:
         shared_heads=critics if critic == "shared" else 0,
         critics=critics if critic == "separate" else 0,
         merged=on_cpu and plain,
+        unpacked=model["unpacked_rollouts"],
         **common,
     )
 
@@ -185,6 +186,8 @@ def remedies(sizes: Sizes) -> dict[str, Sizes]:
     if not sizes.checkpointing:
         found["gradient_checkpointing: true"] = replace(sizes, checkpointing=True)
     if sizes.stage == "policy":
+        if sizes.unpacked:
+            found["unpacked_rollouts: false"] = replace(sizes, unpacked=False)
         if sizes.rollout_rows > 1:
             half = sizes.rollout_rows // 2
             found[f"rollout_batch_size: {half}"] = replace(sizes, rollout_rows=half)

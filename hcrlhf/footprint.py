@@ -94,6 +94,7 @@ class Sizes:
         batch: sequences whose activations live until one backward pass (no policy: all of a batch).
         score_rows: sequences that are scored together.
         rollout_rows: sequences that are generated together.
+        unpacked: whether 4-bit weights are unpacked for as long as a rollout lasts.
         merged: adapters are added into copies of the weights for reading (float32 on a CPU).
         checkpointing: gradient checkpointing.
         optimizer: "adamw", "adamw_8bit" or "paged_adamw_8bit".
@@ -114,6 +115,7 @@ class Sizes:
     shared_heads: int = 0
     critics: int = 0
     merged: bool = False
+    unpacked: bool = False
     checkpointing: bool = False
     optimizer: str = "adamw"
 
@@ -182,6 +184,7 @@ class AdaptedLinear(nn.Module):
                 self.down.append(nn.Parameter(down, role < trained))
                 self.up.append(nn.Parameter(up, role < trained))
         self.active: Sequence[int] = ()
+        self.unpacked: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         result = self._base(x)
@@ -199,6 +202,9 @@ class AdaptedLinear(nn.Module):
     def _base(self, x: Tensor) -> Tensor:
         if not self.quantized:
             return nn.functional.linear(x, self.weight, self.bias)
+        if self.unpacked is not None:
+            own = nn.functional.linear(x.to(self.compute), self.unpacked, self.bias)
+            return own.to(x.dtype).clone()
         result = _Unpacked.apply(x.to(self.compute), self.packed, self.shape)
         if self.bias is not None:
             result = result + self.bias.to(self.compute)
@@ -259,14 +265,20 @@ class _Model:
             layer.active = roles
 
     @contextmanager
-    def reading(self, roles: int = 1) -> Iterator[int]:
+    def reading(self, roles: int = 1, rollout: bool = False) -> Iterator[int]:
         """Evaluation of that many roles at once; yields how many share a pass."""
         self.model.eval()
         merged = self.sizes.merged
         self.use(*([] if merged else range(roles)))
         copies = [torch.empty_like(x.weight) for x in self.layers if merged and len(x.down)]
+        unpack = rollout and self.sizes.unpacked
+        packed = [layer for layer in self.layers if unpack and layer.quantized]
+        for layer in packed:
+            layer.unpacked = torch.empty(layer.shape, dtype=layer.compute)
         with torch.no_grad(), _autocast(self.sizes):
             yield 1 if merged else roles
+        for layer in packed:
+            layer.unpacked = None
         del copies
 
     def hidden(self, rows: int, width: int, **options: Any) -> Tensor:
@@ -410,7 +422,7 @@ def _first_token(model: _Model) -> None:
     from transformers import DynamicCache
 
     sizes = model.sizes
-    with model.reading():
+    with model.reading(rollout=True):
         cache = DynamicCache(config=model.model.config)
         _next_token(model, cache, sizes.rollout_rows, sizes.prompt, sizes.prompt)
 
@@ -421,7 +433,7 @@ def _last_token(model: _Model) -> None:
 
     sizes, config = model.sizes, model.model.config
     rows, before = sizes.rollout_rows, sizes.width - 2
-    with model.reading():
+    with model.reading(rollout=True):
         cache = DynamicCache(config=config)
         _next_token(model, cache, 1, 1, 1)  # tells the shapes
         states: list[Any] = [(x.keys, x.values) for x in cast(Any, cache.layers)]

@@ -33,7 +33,7 @@ MAY_CHANGE = frozenset(
     for name in (
         *("learning_rate", "critic_learning_rate", "schedule", "warmup", "weight_decay"),
         *("max_grad_norm", "kl_coefficient", "ptx_coefficient", "gradient_checkpointing"),
-        *("micro_batch_size", "rollout_batch_size", "group_size"),
+        *("micro_batch_size", "rollout_batch_size", "unpacked_rollouts", "group_size"),
     )
 ) | {"data.init_args.updates", "data.init_args.evaluation"}
 STEERED = frozenset({"model.init_args.kl_coefficient"})

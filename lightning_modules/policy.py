@@ -69,6 +69,8 @@ class Policy(ScoredPolicy):
         micro_batch_size: sequences per forward and backward pass, those of similar length
             together; None takes all at once.
         rollout_batch_size: sequences that are generated together; None takes all at once.
+        unpacked_rollouts: 4-bit weights are unpacked once per rollout and not for every token, at 2
+            bytes a weight while it lasts; the safety test draws from the packed ones.
         seed: of every response and every shuffle of this run.
         policy: a finished policy that is tested in place of one that is trained here (`hcrlhf test
             --policy FOLDER`): an adapter for the same backbone, or a whole model.
@@ -97,6 +99,7 @@ class Policy(ScoredPolicy):
         max_grad_norm: float = 1.0,
         micro_batch_size: int | None = None,
         rollout_batch_size: int | None = None,
+        unpacked_rollouts: bool = False,
         seed: int = 0,
         policy: str | None = None,
         learning_rate: float = 1e-4,
@@ -115,6 +118,7 @@ class Policy(ScoredPolicy):
             lora=lora,
             micro_batch_size=micro_batch_size,
             rollout_batch_size=rollout_batch_size,
+            unpacked_rollouts=unpacked_rollouts,
             seed=seed,
             policy=policy,
             learning_rate=learning_rate,

@@ -8,6 +8,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -118,6 +119,7 @@ class ScoredPolicy(AdapterModule):
         lora: LoraOptions | None,
         micro_batch_size: int | None,
         rollout_batch_size: int | None,
+        unpacked_rollouts: bool,
         seed: int,
         policy: str | None,
         learning_rate: float,
@@ -141,6 +143,7 @@ class ScoredPolicy(AdapterModule):
         self.lora = lora
         self.micro_batch_size = check_size(micro_batch_size, "micro_batch_size")
         self.rollout_batch_size = check_size(rollout_batch_size, "rollout_batch_size")
+        self.unpacked_rollouts = unpacked_rollouts
         self.seed = seed
         self.given = policy
         self._other: Backbone | None = None  # a given policy that is a whole model
@@ -331,10 +334,10 @@ class ScoredPolicy(AdapterModule):
 
     # -- a rollout -----------------------------------------------------------------------------
 
-    def respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
-        """One response per prompt from the policy."""
+    def respond(self, batch: PromptBatch, seeds: list[int], unpacked: bool = False) -> Tokens:
+        """One response per prompt from the policy; `unpacked`: `Backbone.unpacked`."""
         return self._with_room(
-            "rollout_batch_size", len(batch.keys), lambda: self._respond(batch, seeds)
+            "rollout_batch_size", len(batch.keys), lambda: self._respond(batch, seeds, unpacked)
         )
 
     def _with_room(self, setting: str, largest: int, attempt: Callable[[], Result]) -> Result:
@@ -367,10 +370,10 @@ class ScoredPolicy(AdapterModule):
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def _respond(self, batch: PromptBatch, seeds: list[int]) -> Tokens:
+    def _respond(self, batch: PromptBatch, seeds: list[int], unpacked: bool) -> Tokens:
         groups = batch.tokens.by_length(self.rollout_batch_size)
         backbone, role = (self._other, BASE) if self._other else (self.backbone, ACTOR)
-        with backbone.merged(role):
+        with backbone.merged(role), backbone.unpacked() if unpacked else nullcontext():
             parts = [
                 sample(
                     backbone,
@@ -426,28 +429,38 @@ class ScoredPolicy(AdapterModule):
         seeds: list[int],
         asked: Sequence[Slot] = ("reward", "cost"),
         phases: Phases | None = None,
+        as_shipped: bool = False,
     ) -> Rollout:
         """Responses to a batch, with what models and the scorers that are asked say of them.
 
         With several processes each answers its share, and all get the whole.
+
+        Args:
+            as_shipped: drawn from packed weights, also where training unpacks them.
         """
         count, phases = len(batch.keys), phases or Phases(self.device)
+        unpacked = self.unpacked_rollouts and not as_shipped
         if processes.rank_and_size()[1] == 1:
-            return self._own_rollout(batch, seeds, asked, phases)
+            return self._own_rollout(batch, seeds, asked, phases, unpacked)
         mine, own = processes.share(count), None
         if len(mine) > 0:  # the last batch of a safety test may be smaller than the processes
             chosen = [seeds[i] for i in mine.tolist()]
-            own = self._own_rollout(batch.rows(mine), chosen, asked, phases).to("cpu")
+            own = self._own_rollout(batch.rows(mine), chosen, asked, phases, unpacked).to("cpu")
         parts = [part for part in processes.gathered(own) if part is not None]
         whole = Rollout.join(parts, self.encoder.pad_id)
         return whole.rows(processes.in_order(count)).to(self.device)
 
     def _own_rollout(
-        self, batch: PromptBatch, seeds: list[int], asked: Sequence[Slot], phases: Phases
+        self,
+        batch: PromptBatch,
+        seeds: list[int],
+        asked: Sequence[Slot],
+        phases: Phases,
+        unpacked: bool,
     ) -> Rollout:
         """`_rollout` of this process alone."""
         with phases.measured("rollout"):
-            tokens = self.respond(batch, seeds)
+            tokens = self.respond(batch, seeds, unpacked)
         with phases.measured("score"):
             return self._asked(batch, self.score(tokens, batch.keys), asked)
 
@@ -559,7 +572,7 @@ class ScoredPolicy(AdapterModule):
 
     def sample_costs(self, batch: PromptBatch, seed: str) -> CostSamples:
         seeds = [response_seed(seed, key, 0) for key in batch.keys]
-        rollout = self._rollout(batch, seeds, asked=["cost"])
+        rollout = self._rollout(batch, seeds, asked=["cost"], as_shipped=True)
         costs = np.repeat(rollout.costs[:, None, None], len(self.constraints), axis=2)
         texts = self.encoder.decode(rollout.tokens)
         truncated = rollout.tokens.truncated.cpu().numpy()[:, None]

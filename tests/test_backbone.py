@@ -1086,6 +1086,36 @@ def test_nf4_gradients_are_the_same_after_a_pass_in_evaluation_mode(
     torch.testing.assert_close(later, fresh, atol=1e-4, rtol=0)
 
 
+def test_unpacked_weights_make_the_products_of_packed_ones_and_leave_nothing_behind(
+    wide_folder: Path, stir: Stir
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    backbone, tokens = nf4(wide_folder, ["actor"], stir), batch()
+
+    def states() -> Tensor:
+        with backbone.inference(), backbone.role("actor"):
+            return real(tokens, backbone.hidden(tokens))
+
+    packed, layers = states(), [m for m in backbone.modules() if isinstance(m, Linear4bit)]
+    calls: list[Linear4bit] = []
+    with pytest.MonkeyPatch.context() as patch:
+        honest = Linear4bit.forward
+        patch.setattr(Linear4bit, "forward", lambda m, x: calls.append(m) or honest(m, x))
+        with backbone.unpacked():
+            torch.testing.assert_close(states(), packed, atol=1e-5, rtol=1e-5)
+            assert not calls  # no layer was unpacked again
+        states()
+        assert set(calls) == set(layers)
+    layers[0].forward = layers[0].forward  # as a library's hook would
+    hook = layers[0].forward
+    with pytest.raises(ValueError, match="broken off"), backbone.unpacked():
+        raise ValueError("broken off")
+    assert layers[0].__dict__["forward"] == hook
+    assert not any("forward" in layer.__dict__ for layer in layers[1:])
+    assert torch.equal(states(), packed)
+
+
 def test_nf4_roles_mixed_in_one_pass_are_the_roles_one_at_a_time(
     wide_folder: Path, stir: Stir
 ) -> None:

@@ -1,7 +1,7 @@
 """What a stage is said to take, against the tensors that it makes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -95,12 +95,13 @@ def counted(found: dict[str, int], name: str) -> Iterator[None]:
     found[name] = live.peak
 
 
-def measured(own: Backbone, mixed: bool) -> dict[str, int]:
+def measured(own: Backbone, mixed: bool, unpacked: bool = False) -> dict[str, int]:
     """Peaks beside the weights, of the same passes as a policy makes."""
     found: dict[str, int] = {}
     roles = list(own.roles)
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
-    with counted(found, "rollout"), autocast, own.merged("policy"):
+    copies = own.unpacked() if unpacked else nullcontext()
+    with counted(found, "rollout"), autocast, own.merged("policy"), copies:
         never = [10**6]
         sample(own, tokens(ROLLOUT_ROWS, 0), [0] * ROLLOUT_ROWS, Decoding(), RESPONSE, never, 0)
     with counted(found, "score"), autocast, own.inference():
@@ -168,6 +169,31 @@ def test_what_is_foretold_is_what_is_taken(
     assert told.parts["backbone"] + told.parts["adapters"] == pytest.approx(weights, rel=0.03)
     for phase, peak in found.items():
         assert told.working[phase] + weights == pytest.approx(peak + weights, rel=TOLERANCE), phase
+
+
+def test_unpacked_rollouts_are_foretold_too(tmp_path: Path, make_llama: Any) -> None:
+    folder = model_of(tmp_path, make_llama)
+    source = {"quantization": "nf4"}
+    own = backbone(folder, source, checkpointing=True, frozen=2, critics=0)
+    packed = measured(own, mixed=False)
+    unpacked = measured(own, mixed=False, unpacked=True)
+    sizes = policy_sizes(source, mixed=False, frozen=2, shared_heads=1, checkpointing=True)
+    config = AutoConfig.from_pretrained(folder)
+    told, more = (
+        footprint(config, replace(sizes, unpacked=u), compute=torch.float32) for u in (False, True)
+    )
+    weights = sum(told.parts.values()) - told.parts["optimizer"]
+    for found, foretold in ((packed, told), (unpacked, more)):
+        for phase, peak in found.items():
+            expected = pytest.approx(peak + weights, rel=TOLERANCE)
+            assert foretold.working[phase] + weights == expected, phase
+    from bitsandbytes.nn import Linear4bit
+
+    layers = [layer for layer in own.modules() if isinstance(layer, Linear4bit)]
+    linear = sum(4 * layer.in_features * layer.out_features for layer in layers)
+    # All but the largest layer's, which the packed passes unpack as well.
+    assert 0.5 * linear < more.working["rollout"] - told.working["rollout"] <= linear
+    assert more.working["score"] == told.working["score"]
 
 
 # With wide layers the first token of a rollout takes the most in a shallow model and the last one,

@@ -830,6 +830,7 @@ def test_the_path_of_large_models_in_4_bits_to_a_tested_export(
 ) -> None:
     """configs/large at reduced size: adapters on one 4-bit backbone, a broken run, an export."""
     pytest.importorskip("bitsandbytes")
+    from hcrlhf.backbone import Backbone
     from lightning_modules import Policy
 
     sft = tmp_path / "sft"
@@ -870,6 +871,25 @@ def test_the_path_of_large_models_in_4_bits_to_a_tested_export(
             fit(demo, broken, *given)
     assert fit(demo, broken, *given, "--ckpt_path", "last") == PASSED
     assert folder_hashes(broken / "policy") == folder_hashes(root / "policy")
+    # Unpacked for the rollouts of training alone: the same responses, and the test as shipped.
+    unpacked, testing = tmp_path / "unpacked" / "run", [False]
+    with monkeypatch.context() as patch:
+        honest_test, honest_copies = Policy.sample_costs, Backbone.unpacked
+        opened: list[bool] = []
+
+        def marked(self: Any, *arguments: Any) -> Any:
+            testing[0] = True
+            return honest_test(self, *arguments)
+
+        def noted(self: Any) -> Any:
+            opened.append(testing[0])
+            return honest_copies(self)
+
+        patch.setattr(Policy, "sample_costs", marked)
+        patch.setattr(Backbone, "unpacked", noted)
+        assert fit(demo, unpacked, *given, "--model.init_args.unpacked_rollouts", "true") == PASSED
+    assert len(opened) >= 3 and not any(opened) and testing == [True]
+    assert column(unpacked, "response_tokens") == column(root, "response_tokens")
     # What is merged is another model than the 4-bit one, and says so.
     merged = tmp_path / "merged"
     assert main(["export", str(root / "policy"), str(merged)]) == PASSED
