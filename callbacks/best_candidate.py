@@ -8,6 +8,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from hcrlhf.constraint import with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
 from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
@@ -80,16 +81,16 @@ class BestCandidate(Callback):
     def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
         module = cast(OffersCandidates, pl_module)
         rewards, costs = self._answered(data, pl_module)
-        count = len(module.constraints)
-        chances = [c.pass_probability(costs) for c in module.constraints]
+        constraints = with_etas(module.constraints, module.training_costs)
+        count = len(constraints)
+        chances = [c.pass_probability(costs) for c in constraints]
         reward = float(rewards.mean())
         likely = all(
-            chance >= 1 - c.miss / count
-            for chance, c in zip(chances, module.constraints, strict=True)
+            chance >= 1 - c.miss / count for chance, c in zip(chances, constraints, strict=True)
         )
         better = likely and reward > self._best.get("reward", -np.inf)
         shown = ", ".join(
-            f"{c.label} {chance:.0%}" for c, chance in zip(module.constraints, chances, strict=True)
+            f"{c.label} {chance:.0%}" for c, chance in zip(constraints, chances, strict=True)
         )
         rank_zero_info(
             f"update {update}: reward {reward:.3g} on {len(costs)} validation prompts; forecast to "

@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hcrlhf import certificate, processes
 from hcrlhf.certificate import VERDICT_FILE, Verdict
+from hcrlhf.constraint import with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
 from hcrlhf.gate import Gate, Population, SafetyTrial
@@ -229,6 +230,7 @@ class SafetyTest(Callback):
             self._population,
             files,
             {**module.provenance(), "candidate_check": self.candidate_check},
+            module.training_costs,
         ) as trial:
             self._sample(trial, pl_module)
             if not trial.passed():
@@ -261,7 +263,7 @@ class SafetyTest(Callback):
         if not np.isfinite(columns).all():
             return False
         good = True
-        for j, constraint in enumerate(module.constraints):
+        for j, constraint in enumerate(with_etas(module.constraints, module.training_costs)):
             forecast = constraint.forecast(columns[:, j])
             rank_zero_info(
                 f"candidate check on {len(keys)} validation prompts: forecast of the "

@@ -243,7 +243,7 @@ def make_claim(constraints: Sequence[Constraint], plan: Mapping[str, Any] | None
     retrospective = plan is None
     not_covered = RETROSPECTIVE if retrospective else NOT_COVERED
     ranged = next((c for c in constraints if c.lower is not None and c.upper is not None), None)
-    if ranged and plan is not None and _squashes(plan):
+    if ranged and plan is not None and not _has_own_range(ranged, plan):
         not_covered += SQUASHED.format(lower=ranged.lower, upper=ranged.upper)
     where = "the table" if retrospective else "the safety set"
     return {
@@ -257,10 +257,17 @@ def make_claim(constraints: Sequence[Constraint], plan: Mapping[str, Any] | None
     }
 
 
-def _squashes(plan: Mapping[str, Any]) -> bool:
-    """Whether the range of the cost is that of a squash; older plans know no other."""
+def _has_own_range(constraint: Constraint, plan: Mapping[str, Any]) -> bool:
+    """Whether the plan names a cost function that keeps to the range by itself, without a squash.
+
+    Older plans know no such function.
+    """
     provenance = plan.get("provenance")
-    return not isinstance(provenance, Mapping) or provenance.get("squash", True) is not None
+    if not isinstance(provenance, Mapping) or provenance.get("squash", True) is not None:
+        return False
+    function = provenance.get("cost_model")
+    declared = function.get("range") if isinstance(function, Mapping) else None
+    return bool(declared == [constraint.lower, constraint.upper])
 
 
 # -- certificate -----------------------------------------------------------------------------------

@@ -34,6 +34,16 @@ def bound_of(name: str | None) -> Bound | None:
     return METHODS[name]()
 
 
+def tail_options(options: argparse.Namespace) -> dict[str, Any]:
+    """
+    Raises:
+        InputError: what a cvar needs is missing.
+    """
+    if options.alpha is None or options.eta is None:
+        raise InputError("a cvar needs --alpha and --eta, both fixed before the costs were seen")
+    return {"alpha": options.alpha, "eta": options.eta}
+
+
 def read_constraint(text: str, options: argparse.Namespace, n: int) -> Constraint:
     """`mean:0`, `harm_rate:0.1` or `cvar:1`, each with `:BOUND` behind it if auto will not do.
 
@@ -50,7 +60,7 @@ def read_constraint(text: str, options: argparse.Namespace, n: int) -> Constrain
         limit = float(parts[1])
     except ValueError:
         raise InputError(f"--constraint {text}: {parts[1]!r} is not a number") from None
-    tail = {"alpha": options.alpha, "eta": options.eta} if parts[0] == "cvar" else {}
+    tail = tail_options(options) if parts[0] == "cvar" else {}
     constraint = Constraint(
         estimand=parts[0],  # type: ignore[arg-type]
         threshold=limit,

@@ -12,7 +12,7 @@ paper's k is called pessimism here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -185,7 +185,7 @@ class Constraint:
             return
         lowest = self.within.lower
         if self.needs_eta:  # training will choose it, down to the lowest cost
-            lowest = self.threshold if self.lower is None else min(self.lower, self.threshold)
+            lowest = None if self.lower is None else min(self.lower, self.threshold)
         if lowest is not None and not self._can_pass(lowest):
             raise InputError(
                 f"a {self.label} <= {self.threshold} at delta {self.delta} cannot be shown "
@@ -479,6 +479,11 @@ class Judgement:
     threshold: float
     passed: bool
     log_e_value: float | None = None
+
+
+def with_etas(constraints: Sequence[Constraint], costs: Sequence[float]) -> tuple[Constraint, ...]:
+    """Each `with_eta` of these costs (m,); as they are where m = 0."""
+    return tuple(c.with_eta(costs) for c in constraints) if costs else tuple(constraints)
 
 
 def seldonian_pessimism(n: int, delta: float, miss_probability: float) -> float:

@@ -23,7 +23,7 @@ import numpy as np
 
 from hcrlhf import certificate as cert
 from hcrlhf import ledger as ledgers
-from hcrlhf.constraint import Constraint, Judgement
+from hcrlhf.constraint import Constraint, Judgement, with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import json_hash, read_json, set_hash, write_json, write_text
 from hcrlhf.human import FORM_FILE, HumanLabels, committed, form_rows, write_form
@@ -159,17 +159,25 @@ class Gate:
         population: Population,
         policy_files: Mapping[str, str],
         provenance: Mapping[str, Any],
+        training_costs: Sequence[float] = (),
     ) -> Iterator[SafetyTrial]:
         """Opens this plan's test in the ledger, or goes on with it where it is open already.
 
         Args:
             constraints: as configured, δ of the whole claim.
             policy_files: SHA-256 of every file of the policy.
+            training_costs: from which an η is taken that is not configured, for the δ that is
+                granted.
 
         Raises:
-            InputError: δ or prompts are spent, or another process runs this test.
+            InputError: δ or prompts are spent, an η is missing, or another process runs this test.
         """
-        asked = _Asked(constraints, population, policy_files, provenance)
+        if not training_costs and any(c.needs_eta for c in constraints):
+            raise InputError(
+                "a cvar without eta takes it from the costs of training, and there was none; give "
+                "eta as a number that was chosen without the safety prompts"
+            )
+        asked = _Asked(constraints, population, policy_files, provenance, training_costs)
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:
             with ledgers.locked(
@@ -226,7 +234,7 @@ class Gate:
         earlier: _Earlier | None,
         asked: _Asked,
     ) -> _Planned:
-        granted = self._granted(asked.constraints, number)
+        granted = with_etas(self._granted(asked.constraints, number), asked.training_costs)
         share = ledgers.granted_share(self.schedule, number)
         human = self.human.granted(share) if self.human else None
         for constraint in granted:
@@ -340,6 +348,7 @@ class _Asked:
     population: Population
     policy_files: Mapping[str, str]
     provenance: Mapping[str, Any]
+    training_costs: Sequence[float]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,12 @@ from pathlib import Path
 
 import numpy as np
 
-from hcrlhf.commands import add_constraint_options, add_table_options, bound_of
+from hcrlhf.commands import (
+    add_constraint_options,
+    add_table_options,
+    bound_of,
+    tail_options,
+)
 from hcrlhf.constraint import Constraint, Estimand
 from hcrlhf.errors import InputError
 from hcrlhf.methods import (
@@ -149,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
 def _constraint(options: argparse.Namespace) -> Constraint:
     """The limit without a look at n: whether n is enough is the question."""
     estimand: Estimand = options.estimand
-    tail = {"alpha": options.alpha, "eta": options.eta} if estimand == "cvar" else {}
+    tail = tail_options(options) if estimand == "cvar" else {}
     return Constraint(
         estimand=estimand,
         threshold=options.threshold,

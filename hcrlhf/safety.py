@@ -46,6 +46,10 @@ class SafetyTestable(Protocol):
     constraints: tuple[Constraint, ...]
     updates: int  # done so far
 
+    @property
+    def training_costs(self) -> Sequence[float]:
+        """Of the last rollouts of training, oldest first; none where there was no training."""
+
     def sample_costs(self, batch: Any, seed: str) -> CostSamples:
         """One response per prompt of the batch, seeded by `seed` and the prompt's key."""
 
@@ -67,6 +71,10 @@ class OffersCandidates(Protocol):
     """What choosing a candidate among the policies of a run needs of a module."""
 
     constraints: tuple[Constraint, ...]
+
+    @property
+    def training_costs(self) -> Sequence[float]:
+        """As `SafetyTestable`."""
 
     def policy_state(self) -> dict[str, Any]:
         """A copy of the policy's weights, by name."""

@@ -45,7 +45,8 @@ class Scorer(ABC):
         squash: S of a cost: policy and safety test see c' = S tanh(c / S), which lies in [-S, S],
             so that an exact bound on its mean exists.
         lower, upper: the range that a cost keeps to by itself, in place of a squash. A score
-            outside of it ends the run.
+            outside of it by rounding (1e-6 of its width) is taken for the end; any other ends
+            the run.
     """
 
     mean: float | None = None
@@ -70,15 +71,19 @@ class Scorer(ABC):
             raise InputError(f"std of a scorer is positive, got {std}")
         if squash is not None:
             check_squash(squash, "cost")
-        if (lower is None) != (upper is None) or (lower is not None and squash is not None):
+        self.mean, self.std, self.squash = mean, std, squash
+        self.lower, self.upper = lower, upper
+        self._check_range()
+
+    def _check_range(self) -> None:
+        lower, upper = self.lower, self.upper
+        if (lower is None) != (upper is None) or (lower is not None and self.squash is not None):
             raise InputError(
                 "a cost has a squash, or a range of its own by lower and upper together; got "
-                f"lower {lower}, upper {upper} and squash {squash}"
+                f"lower {lower}, upper {upper} and squash {self.squash}"
             )
         if lower is not None and upper is not None and not -math.inf < lower < upper < math.inf:
             raise InputError(f"the range of a scorer is lower < upper, got [{lower}, {upper}]")
-        self.mean, self.std, self.squash = mean, std, squash
-        self.lower, self.upper = lower, upper
 
     @abstractmethod
     def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
@@ -109,10 +114,12 @@ class Scorer(ABC):
         """
         if self.squash is not None:
             check_squash(self.squash, slot)
+        self._check_range()  # a subclass may have set them itself
         if self.lower is not None and slot == "reward":
             raise InputError(f"{slot}: lower and upper of {self.name} are for a cost; remove them")
         try:
             scores = self.checked(PROBE_PROMPTS, PROBE_RESPONSES)
+            self.require_range(scores)
         except RuntimeError as error:
             raise InputError(f"{slot}: {error}") from error
         if not np.isfinite(scores).all():
@@ -138,14 +145,24 @@ class Scorer(ABC):
                 f"{self.name} raised {type(error).__name__}: {one_line(error)}"
             ) from error
         vector = one_per_response(scores, len(responses), self.name)
+        if self.lower is None or self.upper is None:
+            return vector
+        rounding = 1e-6 * (self.upper - self.lower)
+        near = (vector >= self.lower - rounding) & (vector <= self.upper + rounding)
+        return np.where(near, vector.clip(self.lower, self.upper), vector)
+
+    def require_range(self, scores: Floats) -> None:
+        """
+        Raises:
+            RuntimeError: one of `checked` lies outside of the declared range; names it.
+        """
         if self.lower is not None and self.upper is not None:
-            outside = vector[(vector < self.lower) | (vector > self.upper)]
+            outside = scores[(scores < self.lower) | (scores > self.upper)]
             if outside.size:
                 raise RuntimeError(
-                    f"{self.name} gave {outside[0]:g}, outside of the range "
-                    f"[{self.lower:g}, {self.upper:g}] that it declares"
+                    f"{self.name} gave {outside[0]}, outside of the range "
+                    f"[{self.lower}, {self.upper}] that it declares"
                 )
-        return vector
 
     @property
     def cost_range(self) -> tuple[float, float] | None:

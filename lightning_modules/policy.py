@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from hcrlhf import optimizers, processes
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint
+from hcrlhf.constraint import Constraint, with_etas
 from hcrlhf.dual import Dual
 from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
@@ -185,10 +185,9 @@ class Policy(ScoredPolicy):
         if stage == "fit":
             self._read_demonstrations()
 
-    def completed(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
-        """As before training; after it, with the η that training's costs give."""
-        ready = super().completed(constraints)
-        return tuple(c.with_eta(self.dual.recent) for c in ready) if self.dual.recent else ready
+    @property
+    def training_costs(self) -> Sequence[float]:
+        return self.dual.recent
 
     def _read_demonstrations(self) -> None:
         """
@@ -538,7 +537,7 @@ class Policy(ScoredPolicy):
         ]
         if explained:
             rest["explained_variance_reward"] = explained.pop(0)
-        for j, constraint in enumerate(self.constraints):
+        for j, constraint in enumerate(with_etas(self.constraints, self.training_costs)):
             suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
             bar[f"lambda{suffix}"] = self.dual.multipliers[j]
             if j >= len(self._forecasts) or self.updates % FORECAST_EVERY == 0:

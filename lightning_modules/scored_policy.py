@@ -29,7 +29,7 @@ from hcrlhf.backbone import (
     load_causal_lm,
     load_head,
 )
-from hcrlhf.constraint import Constraint
+from hcrlhf.constraint import Constraint, with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, Prompt
 from hcrlhf.hashing import file_sha256, folder_hashes
@@ -156,6 +156,11 @@ class ScoredPolicy(AdapterModule):
         """Which of reward and cost are adapters on the shared backbone."""
         return [role for role in ("reward", "cost") if role in self.folders]
 
+    @property
+    def training_costs(self) -> Sequence[float]:
+        """Of the last rollouts of training, oldest first."""
+        return ()
+
     # -- what this stage stands on -------------------------------------------------------------
 
     def setup(self, stage: str) -> None:
@@ -175,10 +180,12 @@ class ScoredPolicy(AdapterModule):
                 f"policy: {self.given} is a finished policy, to be tested and not trained; remove "
                 "it, or use hcrlhf test"
             )
-        if self.given is not None and any(c.needs_eta for c in self.constraints):
+        # The gate would refuse it too, but after the candidate check.
+        untrained = self.given is not None or self.trainer.ckpt_path is None
+        if stage == "test" and untrained and any(c.needs_eta for c in self.constraints):
             raise InputError(
-                "a cvar without eta takes it from the costs of training, and a finished policy "
-                "brings none; give eta as a number that was chosen without the safety prompts"
+                "a cvar without eta takes it from the costs of training, and there was none; give "
+                "eta as a number that was chosen without the safety prompts"
             )
         # Lightning has no public way to ask for this setting.
         connector = self.trainer._accelerator_connector
@@ -429,23 +436,23 @@ class ScoredPolicy(AdapterModule):
         seeds: list[int],
         asked: Sequence[Slot] = ("reward", "cost"),
         phases: Phases | None = None,
-        as_shipped: bool = False,
+        sealed: bool = False,
     ) -> Rollout:
         """Responses to a batch, with what models and the scorers that are asked say of them.
 
         With several processes each answers its share, and all get the whole.
 
         Args:
-            as_shipped: drawn from packed weights, also where training unpacks them.
+            sealed: for a safety test: drawn from packed weights, as they are shipped, also where
+                training unpacks them; and no message names a cost.
         """
         count, phases = len(batch.keys), phases or Phases(self.device)
-        unpacked = self.unpacked_rollouts and not as_shipped
         if processes.rank_and_size()[1] == 1:
-            return self._own_rollout(batch, seeds, asked, phases, unpacked)
+            return self._own_rollout(batch, seeds, asked, phases, sealed)
         mine, own = processes.share(count), None
         if len(mine) > 0:  # the last batch of a safety test may be smaller than the processes
             chosen = [seeds[i] for i in mine.tolist()]
-            own = self._own_rollout(batch.rows(mine), chosen, asked, phases, unpacked).to("cpu")
+            own = self._own_rollout(batch.rows(mine), chosen, asked, phases, sealed).to("cpu")
         parts = [part for part in processes.gathered(own) if part is not None]
         whole = Rollout.join(parts, self.encoder.pad_id)
         return whole.rows(processes.in_order(count)).to(self.device)
@@ -456,15 +463,17 @@ class ScoredPolicy(AdapterModule):
         seeds: list[int],
         asked: Sequence[Slot],
         phases: Phases,
-        unpacked: bool,
+        sealed: bool,
     ) -> Rollout:
         """`_rollout` of this process alone."""
         with phases.measured("rollout"):
-            tokens = self.respond(batch, seeds, unpacked)
+            tokens = self.respond(batch, seeds, self.unpacked_rollouts and not sealed)
         with phases.measured("score"):
-            return self._asked(batch, self.score(tokens, batch.keys), asked)
+            return self._asked(batch, self.score(tokens, batch.keys), asked, sealed)
 
-    def _asked(self, batch: PromptBatch, rollout: Rollout, asked: Sequence[Slot]) -> Rollout:
+    def _asked(
+        self, batch: PromptBatch, rollout: Rollout, asked: Sequence[Slot], sealed: bool
+    ) -> Rollout:
         """The rollout with the scores of external scorers."""
         scorers = {slot: self.scorers[slot] for slot in asked if slot in self.scorers}
         if not scorers:
@@ -474,6 +483,8 @@ class ScoredPolicy(AdapterModule):
             scorer.to(self.device)
             scores = scorer.checked(batch.messages, texts)
             if slot == "cost":
+                if not sealed:  # the gate looks at the range too, and says nothing of the cost
+                    scorer.require_range(scores)
                 rollout = replace(rollout, costs=squashed(scores, self.squash))
             else:
                 rewards = self._standardised(torch.from_numpy(scores)).to(rollout.rewards)
@@ -517,7 +528,7 @@ class ScoredPolicy(AdapterModule):
             "val/harm_rate": float((costs > 0).mean()),
             "val/kl": float(kl.mean()),
         }
-        for constraint in self.constraints:
+        for constraint in with_etas(self.constraints, self.training_costs):
             suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
             figures[f"val/bound{suffix}"] = constraint.forecast(costs)
         self.log_dict(figures)
@@ -572,7 +583,7 @@ class ScoredPolicy(AdapterModule):
 
     def sample_costs(self, batch: PromptBatch, seed: str) -> CostSamples:
         seeds = [response_seed(seed, key, 0) for key in batch.keys]
-        rollout = self._rollout(batch, seeds, asked=["cost"], as_shipped=True)
+        rollout = self._rollout(batch, seeds, asked=["cost"], sealed=True)
         costs = np.repeat(rollout.costs[:, None, None], len(self.constraints), axis=2)
         texts = self.encoder.decode(rollout.tokens)
         truncated = rollout.tokens.truncated.cpu().numpy()[:, None]

@@ -604,8 +604,14 @@ def test_a_claim_about_a_squashed_cost_says_so() -> None:
     for constraints in ([MEAN], [RATE, TAIL]):
         assert make_claim(constraints, {})["not_covered"] == NOT_COVERED
     # The plan says whether there was a squash, or the cost function keeps to the range by itself.
-    for squash, said in ((4.0, f"{NOT_COVERED} {words}"), (None, NOT_COVERED)):
-        assert make_claim([STAR], {"provenance": {"squash": squash}})["not_covered"] == said
+    for squash, own, said in (
+        (4.0, [-4.0, 4.0], f"{NOT_COVERED} {words}"),
+        (None, [-4.0, 4.0], NOT_COVERED),
+        (None, [-5.0, 4.0], f"{NOT_COVERED} {words}"),
+        (None, None, f"{NOT_COVERED} {words}"),
+    ):
+        plan = {"provenance": {"squash": squash, "cost_model": {"range": own}}}
+        assert make_claim([STAR], plan)["not_covered"] == said
 
 
 @pytest.mark.parametrize("constraints", [[STAR], [MEAN, RATE]])

@@ -684,6 +684,9 @@ def test_an_eta_is_lowered_to_where_a_test_can_still_be_passed_or_refused_before
     bound = tail(1.0).with_eta(high).judge(np.full(100, eta))
     assert bound.passed and bound.upper == pytest.approx(1.0, abs=1e-6)
     assert "cannot be shown with 100 safety prompts" in refusal(lambda: tail(-3.5))
+    # A cap alone: the cost model will bring the lower end.
+    capped_tail = Constraint("cvar", 2.0, 0.05, 500, alpha=0.25, upper=4.0)
+    assert capped_tail.with_range(-4.0, 4.0).needs_eta
 
 
 def test_the_range_of_a_mean_is_the_declared_one_and_that_of_a_rate_is_known() -> None:

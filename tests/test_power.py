@@ -187,7 +187,7 @@ def test_only_bounds_that_suit_what_is_declared_are_compared(
         ("--rate 0.1", "--rate is a harm rate in [0, 1), with --estimand harm_rate"),
         ("--rate 1 --estimand harm_rate --threshold 0.1", "--rate is a harm rate in [0, 1)"),
         ("--gap 1 --estimand harm_rate --threshold 0.1", "for a harm rate give --rate"),
-        ("--gap 1 --estimand cvar", "cvar needs alpha and eta"),
+        ("--gap 1 --estimand cvar", "cvar needs --alpha and --eta"),
         ("--costs missing.csv", "missing.csv does not exist"),
     ],
 )

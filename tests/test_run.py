@@ -338,6 +338,38 @@ def test_a_worst_share_without_eta_takes_it_from_training_and_its_test_can_be_ve
     assert main(["verify", str(root / "certificate.json")]) == PASSED
 
 
+TAIL = {"estimand": "cvar", "alpha": 0.5, "safety_prompts": 40, "delta": 0.05}
+
+
+def test_an_eta_is_found_for_the_delta_that_is_granted_and_not_for_the_whole(
+    demo: Path, tmp_path: Path
+) -> None:
+    # A limit that training misses by far: η has to be lowered to where a test could be passed,
+    # which half of δ and an e-process allow further down only.
+    for name, options in (("halving", {}), ("sequential", {"sequential": True})):
+        threshold = 0.3 if name == "halving" else 1.2
+        limit = json.dumps([{**TAIL, "threshold": threshold}])
+        root = tmp_path / name / "run"
+        arguments = [*SMALL, f"--model.init_args.constraints={limit}", tested(**options)]
+        assert fit(demo, root, *arguments) in (PASSED, NO_SOLUTION)
+        (planned,) = read(root / "plan.json")["constraints"]
+        assert planned["delta"] == 0.025 and planned["eta"] < threshold
+
+
+def test_an_eta_that_no_training_gave_is_refused_before_a_test_is_opened(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = f"--model.init_args.constraints={json.dumps([{**TAIL, 'threshold': 3.5}])}"
+    root = tmp_path / "run"
+    assert main(["test", *policy_arguments(demo, root, *SMALL, limit)]) == 2
+    assert "and there was none; give eta as a number" in capsys.readouterr().err
+    assert not (root.parent / "ledger.jsonl").exists() and not (root / "plan.json").exists()
+    # Its answers need no limit at all.
+    given = ["--policy", str(demo / "policy" / "policy"), "--trainer.callbacks"]
+    arguments = policy_arguments(demo, tmp_path / "answers", *SMALL, limit)
+    assert main(["predict", *arguments, *given, "callbacks.Completions"]) == PASSED
+
+
 def test_a_safety_test_that_breaks_off_goes_on_where_it_was(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

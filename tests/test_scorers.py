@@ -170,14 +170,18 @@ def test_a_cost_that_declares_its_range_keeps_to_it() -> None:
     assert PythonScorer(f"{HERE}.length").cost_range is None
     prompts = [user_turn("a"), user_turn("b")]
     assert scorer.checked(prompts, ["x" * 20, ""]).tolist() == [20.0, 0.0]
-    with pytest.raises(RuntimeError, match=r"gave 21, outside of the range \[0, 20\]"):
-        scorer.checked(prompts, ["x" * 21, ""])
+    outside = scorer.checked(prompts, ["x" * 21, ""])  # named, but not where costs are sealed
+    with pytest.raises(RuntimeError, match=r"gave 21.0, outside of the range \[0.0, 20.0\]"):
+        scorer.require_range(outside)
     short = PythonScorer(f"{HERE}.length", lower=0.0, upper=3.0)
-    with pytest.raises(InputError, match="cost: .*length gave 13, outside of the range"):
+    with pytest.raises(InputError, match="cost: .*length gave 13.0, outside of the range"):
         short.prepare("cost")
     with pytest.raises(InputError, match="reward: lower and upper of .*length are for a cost"):
         scorer.prepare("reward")
-    # What is not a number is for the caller to refuse.
+    # What is not a number is for the caller to refuse, and rounding is not a broken promise.
+    rounded = PythonScorer(f"{HERE}.float32_ends", lower=-0.9, upper=0.1)
+    rounded.prepare("cost")
+    assert rounded.checked(prompts, ["", ""]).tolist() == [0.1, float(np.float32(-0.9))]
     nan = PythonScorer(f"{HERE}.nan", lower=0.0, upper=1.0)
     assert np.isnan(nan.checked([user_turn("a")], ["x"])).all()
 
@@ -375,6 +379,12 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def float32_ends(prompts: list[Any], responses: list[str]) -> np.ndarray:
+    """Ends of [-0.9, 0.1] as float32 arithmetic gives them: 1 - 0.9 is 0.100000024."""
+    ones, zeros = np.ones(1, np.float32), np.zeros(1, np.float32)
+    return np.concatenate([ones - np.float32(0.9), zeros - np.float32(0.9)])
+
+
 def briefness(prompts: list[Any], responses: list[str]) -> list[float]:
     """A cost in [-1, 0] by itself: nearer to 0 the shorter the response."""
     return [-min(len(response), 200) / 200 for response in responses]
@@ -403,6 +413,34 @@ def test_a_cost_with_a_range_of_its_own_is_bounded_exactly_and_nothing_is_said_o
     record["plan"]["provenance"]["squash"] = 4.0
     (root / "certificate.json").write_text(json.dumps(record))
     assert main(["verify", str(root / "certificate.json")]) != PASSED
+
+
+def test_a_cost_that_breaks_its_range_in_the_safety_test_is_refused_and_not_shown(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_modules import Policy
+
+    testing: list[bool] = []
+    honest = Policy.sample_costs
+
+    def marked(self: Any, *arguments: Any) -> Any:
+        testing.append(True)
+        return honest(self, *arguments)
+
+    def leaving(prompts: list[Any], responses: list[str]) -> list[float]:
+        return [-0.0314159 - 7 * bool(testing) for _ in responses]
+
+    monkeypatch.setattr(Policy, "sample_costs", marked)
+    monkeypatch.setitem(globals(), "briefness", leaving)
+    root = tmp_path / "run" / "policy"
+    limit = "[{estimand: mean, threshold: -0.001, safety_prompts: 30}]"
+    cost = python("briefness", lower=-1.0, upper=0.0)
+    arguments = policy_arguments(runs, root, python("length"), cost, callbacks())
+    assert main(["fit", *arguments, f"--model.init_args.constraints={limit}"]) == 2
+    said = capfd.readouterr()
+    assert "a cost lies outside the range that its constraint declares" in said.err
+    assert testing and "31415" not in said.err + said.out
+    assert read(root / "verdict.json")["verdict"] == "NOT_TESTED"
 
 
 def test_an_encoder_is_trained_and_measured_as_a_cost_model(runs: Path) -> None:

@@ -446,7 +446,7 @@ def test_where_a_limit_is_not_shown_nothing_is_written(
         (["--constraint", "harm_rate:1"], "lies in (0, 1), got 1.0"),
         (["--constraint", "harm_rate:0.01"], "cannot be shown with 60 safety prompts"),
         (["--constraint", "mean:-0.99", *RANGE], "cannot be shown with 60 safety prompts"),
-        (["--constraint", "cvar:0.5", *RANGE], "cvar needs alpha and eta"),
+        (["--constraint", "cvar:0.5", *RANGE], "cvar needs --alpha and --eta"),
         (["--constraint", "cvar:0.5", *RANGE, "--alpha", "2", "--eta", "0"], "alpha"),
         (["--constraint", "cvar:0.5", *RANGE, "--alpha", ".1", "--eta", "1"], "eta 1.0 lies at or"),
         ([*MEAN, "--cost-column", "harm"], "no column 'harm'"),
