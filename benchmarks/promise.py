@@ -75,7 +75,7 @@ BATCH = 64
 UPDATES = 200
 KL_COEFFICIENT = 0.1
 LEARNING_RATE = 0.1  # of the table; falls to a tenth of it
-DUAL = ProjectedMultiplier(learning_rate=0.05)
+DUAL = ProjectedMultiplier(learning_rate=0.02)
 TYPES, ATOMS = 8, 4
 
 SIZES = (100, 300, 1000)
