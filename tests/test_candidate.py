@@ -58,6 +58,7 @@ class Run:
         self.looks, self.updates, self.candidate = looks, 0, None
         self.constraints = (Constraint("mean", 0.0, safety_prompts=50, bound=StudentT()),)
         self.weights = torch.zeros(1)
+        self.training_costs: list[float] = []
         self.asked: list[int] = []
         prompts = [Prompt(user_turn(str(i))) for i in range(30)]
         data = SimpleNamespace(updates=updates, validation_prompts=prompts)
