@@ -562,7 +562,8 @@ def _unpacked_product(layer: Any) -> Callable[[Tensor], Tensor]:
     bias = None if layer.bias is None else layer.bias.to(dtype)
 
     def product(x: Tensor) -> Tensor:
-        return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
+        with torch.autocast(x.device.type, enabled=False):  # it does not reach theirs either
+            return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
 
     return product
 
