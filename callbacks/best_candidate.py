@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -12,6 +13,9 @@ from hcrlhf.constraint import with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
 from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
+from hcrlhf.samples import Floats
+
+KEPT = 3  # policies of a run that are looked at once more
 
 
 class BestCandidate(Callback):
@@ -21,8 +25,13 @@ class BestCandidate(Callback):
     limit. Every look answers the validation prompts, each time with the same random numbers. The
     candidate is the policy with the highest mean reward among those whose safety test is forecast
     to be passed (`Constraint.pass_probability`) with probability 1 - miss_probability; with several
-    constraints each is given its share of the miss, as in training. If there is none, the last
-    policy stays, and the candidate check of `callbacks.SafetyTest` has its say.
+    constraints each is given its share of the miss, as in training. The best of many looks owes
+    something to luck, so the KEPT best are looked at once more in the end, with random numbers of
+    their own: the first one that is likely to pass then is the candidate.
+
+    Where none is likely enough, the candidate is the one that comes nearest, and the candidate
+    check of `callbacks.SafetyTest` has its say; the last policy stays only where no look gave any
+    policy a chance.
 
     The looks touch no safety prompt, so the promise holds whatever they choose. A finished run that
     is resumed with more updates goes on from its last policy, not from the candidate.
@@ -47,7 +56,7 @@ class BestCandidate(Callback):
         self.every_n_updates = every_n_updates
         self.start = start
         self.batch_size = batch_size
-        self._best: dict[str, Any] = {}
+        self._best: list[dict[str, Any]] = []  # the likely ones first, by reward; then by chance
         self._last: dict[str, Any] = {}  # of a run that ended with another policy
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,51 +89,77 @@ class BestCandidate(Callback):
 
     def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
         module = cast(OffersCandidates, pl_module)
-        rewards, costs = self._answered(data, pl_module)
-        constraints = with_etas(module.constraints, module.training_costs)
-        count = len(constraints)
-        chances = [c.pass_probability(costs) for c in constraints]
-        reward = float(rewards.mean())
-        likely = all(
-            chance >= 1 - c.miss / count for chance, c in zip(chances, constraints, strict=True)
-        )
-        better = likely and reward > self._best.get("reward", -np.inf)
-        shown = ", ".join(
-            f"{c.label} {chance:.0%}" for c, chance in zip(constraints, chances, strict=True)
-        )
+        rewards, costs = self._answered(data, pl_module, "predict")
+        chances, likely = self._chances(module, costs)
+        reward, chance = float(rewards.mean()), min(chances)
+        look = {"update": update, "rank": [likely, reward if likely else chance]}
+        better = chance > 0 and all(look["rank"] > other["rank"] for other in self._best)
+        shown = "; the candidate from now on" if better else ""
         rank_zero_info(
             f"update {update}: reward {reward:.3g} on {len(costs)} validation prompts; forecast to "
-            f"pass: {shown}{'; the candidate from now on' if better else ''}"
+            f"pass: {named(module, chances)}{shown}"
         )
-        if better:
-            self._best = {"update": update, "reward": reward, "state": module.policy_state()}
+        if chance > 0:
+            best = sorted([*self._best, look], key=lambda x: x["rank"], reverse=True)[:KEPT]
+            if any(kept is look for kept in best):
+                look["state"] = module.policy_state()
+            self._best = best
+
+    @staticmethod
+    def _chances(module: OffersCandidates, costs: Floats) -> tuple[list[float], bool]:
+        """How likely each constraint's test is to be passed; and whether all are likely enough."""
+        constraints = with_etas(module.constraints, module.training_costs)
+        chances = [c.pass_probability(costs) for c in constraints]
+        share = 1 / len(constraints)
+        enough = (p >= 1 - share * c.miss for p, c in zip(chances, constraints, strict=True))
+        return chances, all(enough)
 
     def _answered(
-        self, data: HoldsSafetyPrompts, pl_module: LightningModule
-    ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        self, data: HoldsSafetyPrompts, pl_module: LightningModule, purpose: str
+    ) -> tuple[Floats, Floats]:
         """Rewards and costs (m,) of one response to each validation prompt."""
-        encoder = cast(EncodesExamples, pl_module)
+        encoder, module = cast(EncodesExamples, pl_module), cast(OffersCandidates, pl_module)
         found = (encoder.encode(prompt) for prompt in data.validation_prompts)
         encoded = [e for e in found if e is not None]
         records: list[dict[str, Any]] = []
         for begin in range(0, len(encoded), self.batch_size):
             batch = encoder.collate(encoded[begin : begin + self.batch_size])
-            records += pl_module.predict_step(batch.to(pl_module.device), 0)
+            records += module.answers(batch.to(pl_module.device), purpose)
         rewards = np.array([record["reward"] for record in records])
         return rewards, np.array([record["cost"] for record in records])
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One epoch is the whole run. Before the last checkpoint is written and the test begins.
         if not self._best:
-            rank_zero_info("no policy of this run is likely to pass; the last one stays")
+            rank_zero_info("no policy of this run has a chance to pass; the last one stays")
             return
         module = cast(OffersCandidates, pl_module)
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         self._last = module.policy_state()
-        module.load_policy_state(self._best["state"], self._best["update"])
-        rank_zero_info(f"the candidate is the policy after update {self._best['update']}")
+        again: list[tuple[float, dict[str, Any]]] = []
+        for look in self._best:
+            module.load_policy_state(look["state"], look["update"])
+            chances, likely = self._chances(module, self._answered(data, pl_module, "confirm")[1])
+            rank_zero_info(
+                f"the policy after update {look['update']}, looked at once more: forecast to pass: "
+                f"{named(module, chances)}"
+            )
+            again.append((min(chances), look))
+            if likely:
+                break
+        else:
+            _, look = max(again, key=lambda pair: pair[0])
+            module.load_policy_state(look["state"], look["update"])
+        rank_zero_info(f"the candidate is the policy after update {look['update']}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": dict(self._best), "last": dict(self._last)}
+        return {"best": list(self._best), "last": dict(self._last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._best, self._last = dict(state_dict["best"]), dict(state_dict["last"])
+        self._best, self._last = list(state_dict["best"]), dict(state_dict["last"])
+
+
+def named(module: OffersCandidates, chances: Sequence[float]) -> str:
+    """The chances with the names of their constraints."""
+    pairs = zip(module.constraints, chances, strict=True)
+    return ", ".join(f"{c.label} {chance:.0%}" for c, chance in pairs)

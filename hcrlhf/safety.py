@@ -76,6 +76,9 @@ class OffersCandidates(Protocol):
     def training_costs(self) -> Sequence[float]:
         """As `SafetyTestable`."""
 
+    def answers(self, batch: Any, purpose: str) -> list[dict[str, Any]]:
+        """A record with reward and cost per prompt; `purpose` names the random numbers."""
+
     def policy_state(self) -> dict[str, Any]:
         """A copy of the policy's weights, by name."""
 

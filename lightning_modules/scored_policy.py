@@ -534,14 +534,20 @@ class ScoredPolicy(AdapterModule):
         self.log_dict(figures)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:
+        return self.answers(batch, "predict")
+
+    def answers(self, batch: PromptBatch, purpose: str) -> list[dict[str, Any]]:
         """One record per prompt: key, prompt, response, reward (standardised), cost, truncated.
+
+        Args:
+            purpose: names the random numbers.
 
         Raises:
             InputError: the policy is a whole model, whose KL is not measured.
         """
         if self._other is not None:
             raise InputError("predict is for adapters; a whole model answers with transformers")
-        rollout = self.evaluate(batch, "predict")
+        rollout = self.evaluate(batch, purpose)
         return [
             {
                 "key": key,

@@ -56,6 +56,7 @@ class Run:
 
     def __init__(self, looks: dict[int, tuple[float, float]], updates: int) -> None:
         self.looks, self.updates, self.candidate = looks, 0, None
+        self.again = dict(looks)  # with other random numbers
         self.constraints = (Constraint("mean", 0.0, safety_prompts=50, bound=StudentT()),)
         self.weights = torch.zeros(1)
         self.training_costs: list[float] = []
@@ -71,8 +72,9 @@ class Run:
     def collate(self, encoded: list[int]) -> torch.Tensor:
         return torch.tensor(encoded)
 
-    def predict_step(self, batch: torch.Tensor, batch_idx: int) -> list[dict[str, Any]]:
-        reward, cost = self.looks[self.updates]
+    def answers(self, batch: torch.Tensor, purpose: str) -> list[dict[str, Any]]:
+        update = int(self.weights.item())
+        reward, cost = (self.again if purpose == "confirm" else self.looks)[update]
         self.asked += batch.tolist()
         return [{"reward": reward, "cost": cost + 0.01 * (i % 3)} for i in batch.tolist()]
 
@@ -99,13 +101,45 @@ def test_the_best_policy_that_is_likely_to_pass_is_the_candidate() -> None:
     run = Run({4: (1.0, -1.0), 6: (2.0, -1.0), 8: (9.0, 1.0), 9: (1.5, -2.0)}, updates=9)
     run.fit(BestCandidate(every_n_updates=2, start=0.4, batch_size=8))
     assert (run.candidate, run.weights.item()) == (6, 6.0)
-    assert run.asked == [*range(29)] * 4  # every look asks every prompt that fits, once
+    # Every look asks every prompt that fits, once; and so does the one that confirms.
+    assert run.asked == [*range(29)] * 5
 
 
-def test_without_a_likely_one_the_last_policy_stays() -> None:
+@pytest.mark.parametrize(
+    ("again", "candidate"),
+    [
+        ({}, 6),
+        ({6: 1.0}, 9),  # luck: the next best is taken
+        ({6: 1.0, 9: 1.0}, 4),
+        ({6: 1.0, 9: -0.0119, 4: 2.0}, 9),  # none is likely: the one that comes nearest
+    ],
+)
+def test_the_best_of_many_looks_has_to_pass_another_one(
+    again: dict[int, float], candidate: int
+) -> None:
+    looks = {2: (0.5, -1.0), 4: (1.0, -1.0), 6: (2.0, -1.0), 8: (9.0, 1.0), 9: (1.5, -2.0)}
+    run = Run(looks, updates=9)
+    run.again |= {update: (0.0, cost) for update, cost in again.items()}
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
+    assert (run.candidate, run.weights.item()) == (candidate, float(candidate))
+
+
+def test_without_one_that_has_a_chance_the_last_policy_stays() -> None:
     run = Run({2: (1.0, 1.0), 4: (2.0, 1.0)}, updates=4)
     run.fit(BestCandidate(every_n_updates=2, start=0.0))
     assert (run.candidate, run.weights.item()) == (None, 4.0)
+
+
+def test_where_none_is_likely_enough_the_one_that_comes_nearest_is_the_candidate() -> None:
+    # Chances of about 50% and 85%: a later and better one, and the last one, have none.
+    looks = {2: (1.0, -0.0119), 4: (0.5, -0.0131), 6: (2.0, 1.0), 8: (3.0, 1.0)}
+    run = Run(looks, updates=8)
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
+    assert (run.candidate, run.weights.item()) == (4, 4.0)
+    # A likely one comes before any that is not, whatever the reward.
+    run = Run({**looks, 6: (0.1, -1.0)}, updates=8)
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
+    assert (run.candidate, run.weights.item()) == (6, 6.0)
 
 
 def test_the_candidate_survives_a_checkpoint() -> None:
