@@ -44,6 +44,7 @@ from typing import Any
 import numpy as np
 from scipy import optimize, sparse, stats
 
+from callbacks.best_candidate import KEPT
 from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
 from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS, Demo
@@ -147,6 +148,7 @@ def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
         "arm": name,
         "verdict": verdict["verdict"],
         "tested": verdict["plan_hash"] is not None,
+        "kept": KEPT,
         "seconds": round(seconds, 1),
         **summary([json.loads(line) for line in lines]),
     }
@@ -364,6 +366,7 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
         *table(rows, ARMS),
         "",
+        *older(rows),
         "![Every run](../../docs/plots/recipe.png)",
     ]
     if any(row["arm"] in MULTIPLIERS for row in rows):
@@ -374,6 +377,19 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
     lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
+
+
+def older(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What a reader has to know of runs that were made before a change that matters."""
+    count = sum("kept" not in row for row in rows)
+    if not count:
+        return []
+    return [
+        f"{count} of the {len(rows)} runs are older than a change of `callbacks.BestCandidate`: "
+        "where no policy was likely enough to pass, the last one went to the candidate check, and "
+        "now the nearest one does.",
+        "",
+    ]
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -94,7 +94,7 @@ class BestCandidate(Callback):
         reward, chance = float(rewards.mean()), min(chances)
         look = {"update": update, "rank": [likely, reward if likely else chance]}
         better = chance > 0 and all(look["rank"] > other["rank"] for other in self._best)
-        shown = "; the candidate from now on" if better else ""
+        shown = "; the best so far" if better else ""
         rank_zero_info(
             f"update {update}: reward {reward:.3g} on {len(costs)} validation prompts; forecast to "
             f"pass: {named(module, chances)}{shown}"

@@ -347,7 +347,7 @@ class Backbone(nn.Module):
             yield
         finally:
             for layer, forward in zip(layers, kept, strict=True):
-                del layer.forward
+                layer.__dict__.pop("forward", None)  # none where memory ran out before its turn
                 if forward is not None:  # a hook's
                     layer.forward = forward
 

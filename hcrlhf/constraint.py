@@ -486,6 +486,18 @@ def with_etas(constraints: Sequence[Constraint], costs: Sequence[float]) -> tupl
     return tuple(c.with_eta(costs) for c in constraints) if costs else tuple(constraints)
 
 
+def require_etas(constraints: Sequence[Constraint]) -> None:
+    """
+    Raises:
+        InputError: one still needs an η, and there is nothing to take it from.
+    """
+    if any(c.needs_eta for c in constraints):
+        raise InputError(
+            "a cvar without eta takes it from the costs of training, and there was none; give eta "
+            "as a number that was chosen without the safety prompts"
+        )
+
+
 def seldonian_pessimism(n: int, delta: float, miss_probability: float) -> float:
     """(t_{1-δ, n-1} + z_{1-β}) / √n, with β the miss probability.
 

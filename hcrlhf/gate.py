@@ -23,7 +23,7 @@ import numpy as np
 
 from hcrlhf import certificate as cert
 from hcrlhf import ledger as ledgers
-from hcrlhf.constraint import Constraint, Judgement, with_etas
+from hcrlhf.constraint import Constraint, Judgement, require_etas, with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import json_hash, read_json, set_hash, write_json, write_text
 from hcrlhf.human import FORM_FILE, HumanLabels, committed, form_rows, write_form
@@ -172,11 +172,8 @@ class Gate:
         Raises:
             InputError: δ or prompts are spent, an η is missing, or another process runs this test.
         """
-        if not training_costs and any(c.needs_eta for c in constraints):
-            raise InputError(
-                "a cvar without eta takes it from the costs of training, and there was none; give "
-                "eta as a number that was chosen without the safety prompts"
-            )
+        if not training_costs:
+            require_etas(constraints)
         asked = _Asked(constraints, population, policy_files, provenance, training_costs)
         self.folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as held:

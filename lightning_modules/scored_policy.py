@@ -29,7 +29,7 @@ from hcrlhf.backbone import (
     load_causal_lm,
     load_head,
 )
-from hcrlhf.constraint import Constraint, with_etas
+from hcrlhf.constraint import Constraint, require_etas, with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, Prompt
 from hcrlhf.hashing import file_sha256, folder_hashes
@@ -181,12 +181,8 @@ class ScoredPolicy(AdapterModule):
                 "it, or use hcrlhf test"
             )
         # The gate would refuse it too, but after the candidate check.
-        untrained = self.given is not None or self.trainer.ckpt_path is None
-        if stage == "test" and untrained and any(c.needs_eta for c in self.constraints):
-            raise InputError(
-                "a cvar without eta takes it from the costs of training, and there was none; give "
-                "eta as a number that was chosen without the safety prompts"
-            )
+        if stage == "test" and (self.given is not None or self.trainer.ckpt_path is None):
+            require_etas(self.constraints)
         # Lightning has no public way to ask for this setting.
         connector = self.trainer._accelerator_connector
         if self.trainer.world_size > 1 and connector.use_distributed_sampler:
@@ -365,7 +361,8 @@ class ScoredPolicy(AdapterModule):
                 if before <= 1:
                     raise InputError(
                         f"out of memory with one sequence per pass ({one_line(error)}); shorten "
-                        "chat.max_response_tokens, set gradient_checkpointing: true, or take a "
+                        "chat.max_response_tokens, set gradient_checkpointing: true, do without "
+                        "unpacked_rollouts, or take a "
                         "smaller model (hcrlhf doctor says what fits)"
                     ) from None
             # Outside of the handler: what the failed pass had made lives until its end.

@@ -1111,6 +1111,17 @@ def test_unpacked_weights_make_the_products_of_packed_ones_and_leave_nothing_beh
     hook = layers[0].forward
     with pytest.raises(ValueError, match="broken off"), backbone.unpacked():
         raise ValueError("broken off")
+    with pytest.MonkeyPatch.context() as patch:
+        room = iter([True, True, False])
+
+        def scarce(layer: Any) -> Any:
+            if not next(room):
+                raise torch.OutOfMemoryError("no room for the third copy")
+            return lambda x: x
+
+        patch.setattr("hcrlhf.backbone._unpacked_product", scarce)
+        with pytest.raises(torch.OutOfMemoryError, match="third copy"), backbone.unpacked():
+            raise AssertionError("never entered")
     assert layers[0].__dict__["forward"] == hook
     assert not any("forward" in layer.__dict__ for layer in layers[1:])
     assert torch.equal(states(), packed)
