@@ -33,10 +33,10 @@ import math
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -45,7 +45,8 @@ import numpy as np
 from scipy import optimize, sparse, stats
 
 from callbacks.best_candidate import KEPT
-from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
+from hcrlhf import cli
+from hcrlhf.cli import CRASHED, NO_SOLUTION, NOT_TESTED, PASSED
 from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS, Demo
 from hcrlhf.preferences import proportion
@@ -118,8 +119,9 @@ def run_seed(out: Path, seed: int, arms: Sequence[str]) -> None:
         if not (folder / stage / "hcrlhf.json").is_file():
             shutil.rmtree(folder / stage, ignore_errors=True)
             demo._fit(stage)
-    if not (folder / "reference.json").is_file():
-        child("reference", str(folder), str(seed))
+    known = (folder / "reference.json").is_file()
+    if not known and forked(lambda: reference(folder, seed)) != PASSED:
+        raise SystemExit(f"{folder}: the reference could not be measured")
     for name in arms:
         if not (folder / name / "result.json").is_file():
             run_arm(demo, folder, seed, name)
@@ -176,18 +178,37 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def trainer_process(arguments: Sequence[str]) -> int:
     """hcrlhf in a process of its own; what it says goes to the error stream."""
-    command = [sys.executable, "-m", "hcrlhf", *arguments]
-    return subprocess.run(command, stdout=sys.stderr, check=False).returncode
+    return forked(lambda: cli.main(arguments))
 
 
-def child(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "benchmarks.recipe", *arguments], check=True)
+def forked(task: Callable[[], int]) -> int:
+    """The exit code of a task in a process of its own, which starts with what is imported here.
+
+    Importing torch, Lightning and transformers takes longer than some of the stages.
+    """
+    from hcrlhf import lightning_cli  # noqa: F401
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    number = os.fork()
+    if number == 0:
+        code = CRASHED
+        try:
+            os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+            code = task()
+        except Exception:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(number, 0)[1])
 
 
 # -- what could be reached -----------------------------------------------------------------------
 
 
-def reference(folder: Path, seed: int) -> None:
+def reference(folder: Path, seed: int) -> int:
     """Writes reference.json: the supervised policy, and the best that its responses allow."""
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -246,6 +267,7 @@ def reference(folder: Path, seed: int) -> None:
     }
     (folder / "reference.json").write_text(json.dumps(record) + "\n")
     print(json.dumps({"seed": seed, **record}), flush=True)
+    return PASSED
 
 
 def pessimistic(rewards: Floats, costs: Floats, module: Any) -> Floats:
@@ -254,12 +276,13 @@ def pessimistic(rewards: Floats, costs: Floats, module: Any) -> Floats:
     The margin of the mean is that of the costs of the solution itself, found by repetition.
     """
     mean_cost, rate = module.constraints
+    m = WorldSizes().validation
     generator, margin = np.random.default_rng(0), 0.0
     for _ in range(5):
-        limits = (mean_cost.training_target(2) - margin, rate.training_target(2))
+        limits = (mean_cost.training_target(2) - margin, rate.training_target(2, m))
         weights = feasible(rewards, costs, limits)
         recent = generator.choice(costs, mean_cost.safety_prompts, p=weights)
-        margin = mean_cost.training_pessimism(2, recent) * float(recent.std())
+        margin = mean_cost.training_pessimism(2, recent, m) * float(recent.std())
     return weights
 
 
@@ -427,15 +450,12 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Whole runs on the embedded world, by seed.")
-    parser.add_argument("command", choices=["run", "report", "reference"])
-    parser.add_argument("rest", nargs="*", help=argparse.SUPPRESS)
+    parser.add_argument("command", choices=["run", "report"])
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 40), metavar=("FROM", "TO"))
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MULTIPLIERS], default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     options = parser.parse_args()
-    if options.command == "reference":
-        reference(Path(options.rest[0]), int(options.rest[1]))
-    elif options.command == "run":
+    if options.command == "run":
         for seed in range(*options.seeds):
             run_seed(options.out, seed, options.arms)
     else:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special, stats
+from scipy import optimize, special, stats
 
 from hcrlhf.bounds import student_t_factor, tail_costs
 from hcrlhf.errors import InputError
@@ -91,8 +91,8 @@ class Constraint:
             (`seldonian_pessimism`), for other bounds from recent costs (`bootstrap_pessimism`). A
             number fixes it, 0 is Safe RLHF (arXiv 2310.12773); {c1, c2, rollout} is the paper's
             (`PaperPessimism`). Not for a harm rate.
-        miss_probability: how often a policy that just satisfies the pessimistic constraint may
-            fail its safety test all the same; None takes delta.
+        miss_probability: how often a policy that just satisfies the pessimistic constraint on the
+            run's validation prompts may fail its safety test all the same; None takes delta.
         std_floor: the running standard deviation of the cost is never taken to be smaller.
 
     Raises:
@@ -338,7 +338,12 @@ class Constraint:
 
     # -- training ------------------------------------------------------------------------------
 
-    def training_pessimism(self, constraints: int = 1, recent: ArrayLike | None = None) -> float:
+    def training_pessimism(
+        self,
+        constraints: int = 1,
+        recent: ArrayLike | None = None,
+        validation_prompts: int | None = None,
+    ) -> float:
         """How many standard deviations training keeps below the threshold (0 for a harm rate).
 
         Args:
@@ -346,6 +351,8 @@ class Constraint:
                 miss probability.
             recent: costs of recent rollouts, from which every bound but Student-t derives it;
                 without them the factor of Student-t is taken.
+            validation_prompts: m, on which a candidate is looked at before its safety test; None
+                where it is not, or is known exactly (m → ∞).
         """
         if self.estimand == "harm_rate":
             return 0.0
@@ -355,18 +362,33 @@ class Constraint:
             return self.pessimism
         miss = self.miss / constraints
         if recent is None or isinstance(self.rule, StudentT):
-            return seldonian_pessimism(self.safety_prompts, self.delta, miss)
+            return seldonian_pessimism(self.safety_prompts, self.delta, miss, validation_prompts)
         fixed = self.with_eta(recent)
         return bootstrap_pessimism(
-            self.rule, fixed.values(recent), self.safety_prompts, self.delta, miss, fixed.within
+            self.rule,
+            fixed.values(recent),
+            self.safety_prompts,
+            self.delta,
+            miss,
+            fixed.within,
+            validation_prompts,
         )
 
-    def training_target(self, constraints: int = 1) -> float:
-        """What the mean of `values` is compared with in training: τ, or p* for a harm rate."""
+    def training_target(self, constraints: int = 1, validation_prompts: int | None = None) -> float:
+        """What the mean of `values` is compared with in training: τ, or p* for a harm rate.
+
+        Args:
+            constraints, validation_prompts: as of `training_pessimism`.
+        """
         if self.estimand != "harm_rate":
             return self.threshold
         return harm_rate_target(
-            self.rule, self.threshold, self.safety_prompts, self.delta, self.miss / constraints
+            self.rule,
+            self.threshold,
+            self.safety_prompts,
+            self.delta,
+            self.miss / constraints,
+            validation_prompts,
         )
 
     def forecast(self, costs: ArrayLike) -> float:
@@ -498,20 +520,46 @@ def require_etas(constraints: Sequence[Constraint]) -> None:
         )
 
 
-def seldonian_pessimism(n: int, delta: float, miss_probability: float) -> float:
-    """(t_{1-δ, n-1} + z_{1-β}) / √n, with β the miss probability.
+def seldonian_pessimism(
+    n: int, delta: float, miss_probability: float, m: int | None = None
+) -> float:
+    """t_{1-δ, n-1} / √n + t_{1-β, m-1} √(1/n + 1/m), with β the miss probability.
 
     With μ + pessimism · σ = τ, the bound of a safety test on n prompts is about
-    N(μ + σ t/√n, σ²/n), so it lies under τ with probability 1 - β. At β = δ this is about twice
-    the bound's own factor: the margin used by Seldonian algorithms (Thomas et al. 2019).
+    N(μ + σ t/√n, σ²/n). Where μ is known (m None: m → ∞) it lies under τ with probability 1 - β;
+    at β = δ this is about twice the bound's own factor: the margin used by Seldonian algorithms
+    (Thomas et al. 2019). Where μ and σ are those of m validation prompts, the mean of the n fresh
+    ones differs from theirs by a standard error of σ √(1/n + 1/m), Student's prediction interval.
+
+    Raises:
+        InputError: m is less than 2.
     """
     check_delta(miss_probability, "miss_probability")
-    z = float(stats.norm.ppf(1 - miss_probability))
-    return student_t_factor(n, delta) + z / math.sqrt(n)
+    own = student_t_factor(n, delta)
+    if m is None:
+        return own + float(stats.norm.ppf(1 - miss_probability)) / math.sqrt(n)
+    check_validation_prompts(m)
+    miss = float(stats.t.ppf(1 - miss_probability, m - 1))
+    return own + miss * math.sqrt(1 / n + 1 / m)
+
+
+def check_validation_prompts(m: int) -> None:
+    """
+    Raises:
+        InputError: fewer than 2 prompts, which tell nothing of a spread.
+    """
+    if m < 2:
+        raise InputError(f"a candidate is looked at on at least 2 validation prompts, got {m}")
 
 
 def bootstrap_pessimism(
-    rule: Bound, values: Floats, n: int, delta: float, miss_probability: float, within: Range
+    rule: Bound,
+    values: Floats,
+    n: int,
+    delta: float,
+    miss_probability: float,
+    within: Range,
+    m: int | None = None,
 ) -> float:
     """The (1 - β) quantile of (U(C*) - μ̂)/σ̂ over samples C* of n of these values.
 
@@ -520,13 +568,21 @@ def bootstrap_pessimism(
     values have no spread.
 
     Args:
-        values: of recent rollouts, (m,).
+        values: of recent rollouts.
+        m: validation prompts that μ and σ will be known from; C* is then drawn from m values which
+            are themselves drawn from these, as in `Constraint.pass_probability`. None: known.
     """
     values = finite_sample(values)
     mean, std = float(values.mean()), float(values.std())
     if not std > 0:
         return 0.0
-    samples = resamples(values, n, max(60, math.ceil(6 / miss_probability)))
+    count = max(60, math.ceil(6 / miss_probability))
+    if m is None:
+        samples = resamples(values, n, count)
+    else:
+        check_validation_prompts(m)
+        generator = np.random.default_rng(0)
+        samples = [generator.choice(known, n) for known in resamples(values, m, count)]
     allowed = math.floor(miss_probability * len(samples))
 
     def enough(pessimism: float) -> bool:
@@ -548,17 +604,26 @@ def bootstrap_pessimism(
 
 
 def harm_rate_target(
-    rule: Bound, limit: float, n: int, delta: float, miss_probability: float
+    rule: Bound,
+    limit: float,
+    n: int,
+    delta: float,
+    miss_probability: float,
+    m: int | None = None,
 ) -> float:
     """p* = BetaInv(β; h + 1, n - h), h the most harmful responses with which n prompts pass.
 
     A policy whose true harm rate is p* passes with probability 1 - β; where the bound looks at the
-    order, about that, for h is found with the harms evenly spread.
+    order, about that, for h is found with the harms evenly spread. Where the rate is known from m
+    validation prompts alone, p* is the one with Σ_j Bin(j; m, p*) P(Bin(n, j/m) <= h) = 1 - β,
+    though never above the other.
 
     Raises:
-        InputError: not even h = 0 passes: n is too small for this limit.
+        InputError: not even h = 0 passes: n is too small for this limit; or m is less than 2.
     """
     check_delta(miss_probability, "miss_probability")
+    if m is not None:
+        check_validation_prompts(m)
 
     def passes(harmful: int, count: int) -> bool:
         spread = np.diff(np.floor(np.arange(count + 1) * harmful / count))
@@ -585,4 +650,14 @@ def harm_rate_target(
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if passes(middle, n) else (low, middle)
-    return float(special.betaincinv(low + 1, n - low, miss_probability))
+    known = float(special.betaincinv(low + 1, n - low, miss_probability))
+    if m is None:
+        return known
+    seen = np.arange(m + 1)
+    chances = stats.binom.cdf(low, n, seen / m)  # to pass, had the true rate been the seen one
+
+    def spare(rate: float) -> float:
+        return float(stats.binom.pmf(seen, m, rate) @ chances) - (1 - miss_probability)
+
+    # Where next to no harm is allowed, luck in both draws can make up for the second one.
+    return known if spare(known) >= 0 else float(optimize.brentq(spare, 0.0, known))

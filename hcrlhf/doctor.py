@@ -229,7 +229,8 @@ def checks(config: Config, base: Base) -> list[Finding]:
     """Template, EOS, data and the limits, as far as they can be looked at from here."""
     found = [_tokenizer(base)]
     if kind(config) == "Policy":
-        found += [_prompts(config["data"]), *_reach(_constraints(config))]
+        prompts, validation = _prompts(config["data"])
+        found += [prompts, *_reach(_constraints(config), validation)]
     else:
         found.append(_file(config["data"]["init_args"]["path"]))
     return found
@@ -262,14 +263,16 @@ def _file(path: str) -> Finding:
     )
 
 
-def _prompts(data: Mapping[str, Any]) -> Finding:
+def _prompts(data: Mapping[str, Any]) -> tuple[Finding, int | None]:
+    """What is said of the prompts, and how many of them are for validation, where it is known."""
     try:
         prompts = _built(data)
         prompts.setup("fit")
     except InputError as error:
-        return Finding("prompts", False, str(error))
+        return Finding("prompts", False, str(error)), None
     counts = ", ".join(f"{len(x)} {name}" for name, x in prompts.prompts.items())
-    return Finding("prompts", True, f"{counts}; the safety prompts are in no other file")
+    finding = Finding("prompts", True, f"{counts}; the safety prompts are in no other file")
+    return finding, len(prompts.validation_prompts)
 
 
 def _built(described: Mapping[str, Any]) -> Any:
@@ -288,16 +291,20 @@ def _constraints(config: Config) -> list[Constraint]:
     return [Constraint(**options) for options in plain]
 
 
-def _reach(constraints: Sequence[Constraint]) -> list[Finding]:
-    """What training has to reach so that the test is likely to be passed."""
+def _reach(constraints: Sequence[Constraint], validation: int | None) -> list[Finding]:
+    """What training has to reach so that the test is likely to be passed.
+
+    Args:
+        validation: prompts that a candidate is looked at on.
+    """
     found = []
     for constraint in constraints:
         head = f"to pass on {constraint.safety_prompts} prompts training aims at "
         if constraint.estimand == "harm_rate":
-            target = constraint.training_target(len(constraints))
+            target = constraint.training_target(len(constraints), validation)
             tail = f"{target:.3f} for a limit of {constraint.threshold:g}"
         else:
-            margin = constraint.training_pessimism(len(constraints))
+            margin = constraint.training_pessimism(len(constraints), None, validation)
             tail = f"about {margin:.2f} standard deviations below {constraint.threshold:g}"
         found.append(Finding(constraint.label, True, head + tail))
     return found

@@ -28,11 +28,19 @@ class Dual:
     Args:
         constraints: C >= 1; their order is that of everything that has C entries.
         multiplier: the rule of every λ.
+        validation_prompts: m, on which a candidate is looked at before its safety test; None where
+            it is not.
     """
 
-    def __init__(self, constraints: Sequence[Constraint], multiplier: Multiplier) -> None:
+    def __init__(
+        self,
+        constraints: Sequence[Constraint],
+        multiplier: Multiplier,
+        validation_prompts: int | None = None,
+    ) -> None:
         self.constraints = tuple(constraints)
         self.multiplier = multiplier
+        self.validation_prompts = validation_prompts
         self.states = [multiplier.start() for _ in constraints]
         self.variances = [RunningVariance(c.std_floor) for c in constraints]
         self.pessimisms = [0.0 for _ in constraints]
@@ -66,7 +74,7 @@ class Dual:
             current = float(spread.mean()) / 2
             std = variance.std(current)
             rows.append(pessimistic_costs(values, spread, pessimism, std) / std)
-            target = constraint.training_target(len(self.constraints))
+            target = constraint.training_target(len(self.constraints), self.validation_prompts)
             violations.append(violation(float(values.mean()), std, pessimism, target))
             variance.update(current)
         return np.stack(rows), violations
@@ -77,8 +85,10 @@ class Dual:
         every = max(1, capacity // costs.size)
         self.recent = [*self.recent, *costs.tolist()][-capacity:]
         if self.rollouts % every == 0:
-            count = len(self.constraints)
-            self.pessimisms = [c.training_pessimism(count, self.recent) for c in self.constraints]
+            count, m = len(self.constraints), self.validation_prompts
+            self.pessimisms = [
+                c.training_pessimism(count, self.recent, m) for c in self.constraints
+            ]
         self.rollouts += 1
 
     def step(self, violations: Sequence[float]) -> None:

@@ -27,6 +27,7 @@ from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.refusals import is_refusal
 from hcrlhf.rollouts import Decoding, Rollout, response_seed
+from hcrlhf.safety import HoldsSafetyPrompts
 from hcrlhf.scorers import Scorer, Slot, measured_moments
 from hcrlhf.stages import ScoreMoments
 from hcrlhf.text import Encoded, Tokens, collate
@@ -183,7 +184,13 @@ class Policy(ScoredPolicy):
         super().setup(stage)
         self.dual.constraints = self.constraints  # with the range that the cost model brought
         if stage == "fit":
+            self.dual.validation_prompts = self._count_validation_prompts()
             self._read_demonstrations()
+
+    def _count_validation_prompts(self) -> int | None:
+        """m, on which `callbacks.BestCandidate` and the candidate check look at a policy."""
+        data = getattr(self.trainer, "datamodule", None)
+        return len(data.validation_prompts) if isinstance(data, HoldsSafetyPrompts) else None
 
     @property
     def training_costs(self) -> Sequence[float]:

@@ -66,6 +66,42 @@ def test_pessimism_by_hand() -> None:
     assert seldonian_pessimism(101, 0.05, 0.5) == pytest.approx(1.6602 / math.sqrt(101), abs=1e-5)
 
 
+def test_pessimism_of_a_mean_known_from_validation_prompts_by_hand() -> None:
+    # t_{0.95, 100} = 1.6602 for both; √(1/101 + 1/101) = √2/√101.
+    expected = 1.6602 * (1 + math.sqrt(2)) / math.sqrt(101)
+    assert seldonian_pessimism(101, 0.05, 0.05, 101) == pytest.approx(expected, abs=1e-5)
+    known = seldonian_pessimism(101, 0.05, 0.05)
+    assert seldonian_pessimism(101, 0.05, 0.05, 10**9) == pytest.approx(known, abs=1e-8)
+
+
+@pytest.mark.parametrize("m", [20, 400])
+def test_a_candidate_seen_at_its_target_on_validation_prompts_passes_as_often_as_promised(
+    m: int,
+) -> None:
+    n, repeats, miss, std = 200, 5000, 0.1, 3.0
+    generator = np.random.default_rng(1)
+    constraint = student(0.0, safety_prompts=n, miss_probability=miss)
+    pessimism = constraint.training_pessimism(1, None, m)
+    # Whatever the true mean is (0 here), the threshold lies at μ̂ + k σ̂ of the m prompts.
+    seen = generator.normal(0.0, std, size=(repeats, m))
+    thresholds = seen.mean(axis=1) + pessimism * seen.std(axis=1, ddof=1)
+    tests = generator.normal(0.0, std, size=(repeats, n))
+    factor = stats.t.ppf(0.95, n - 1) / math.sqrt(n)
+    passed = tests.mean(axis=1) + factor * tests.std(axis=1, ddof=1) <= thresholds
+    tolerance = 4 * math.sqrt(miss * (1 - miss) / repeats) + 0.1 / m
+    assert passed.mean() == pytest.approx(1 - miss, abs=tolerance)
+
+
+def test_a_candidate_is_looked_at_on_at_least_two_prompts() -> None:
+    for call in (
+        lambda: seldonian_pessimism(100, 0.05, 0.05, 1),
+        lambda: harm_rate_target(ClopperPearson(), 0.1, 100, 0.05, 0.05, 1),
+        lambda: bootstrap_pessimism(Betting(), np.arange(9.0), 100, 0.05, 0.1, Range(), 0),
+    ):
+        with pytest.raises(InputError, match="at least 2 validation prompts, got"):
+            call()
+
+
 @pytest.mark.parametrize("miss", [0.05, 0.3])
 @pytest.mark.parametrize("delta", [0.05, 0.2])
 def test_a_policy_at_its_pessimistic_target_passes_as_often_as_promised(
@@ -103,6 +139,14 @@ def test_the_miss_probability_is_delta_unless_it_is_said() -> None:
     assert student(delta=0.03).miss == 0.03
     assert student(delta=0.03, miss_probability=0.4).miss == 0.4
     assert student(delta=0.03).training_pessimism() == seldonian_pessimism(500, 0.03, 0.03)
+
+
+def test_the_bootstrap_knows_that_validation_prompts_are_few() -> None:
+    # Near-normal costs and Student-t: the formula is an independent route.
+    seen = np.random.default_rng(0).normal(-1.0, 0.5, size=500)
+    for m in (30, 200, None):
+        found = bootstrap_pessimism(StudentT(), seen, 200, 0.05, 0.1, Range(), m)
+        assert found == pytest.approx(seldonian_pessimism(200, 0.05, 0.1, m), rel=0.25)
 
 
 def test_a_fixed_pessimism_is_taken_as_it_is() -> None:
@@ -214,6 +258,34 @@ def test_at_the_harm_rate_target_the_binomial_passes_with_one_minus_the_miss_pro
     uppers = np.array([clopper_pearson_upper(h, n, 0.05) for h in range(n + 1)])
     chance = stats.binom.pmf(np.arange(n + 1), n, target)[uppers <= limit].sum()
     assert chance == pytest.approx(1 - miss, abs=1e-9)
+
+
+@pytest.mark.parametrize(("limit", "n", "m"), [(0.15, 500, 400), (0.1, 300, 50)])
+@pytest.mark.parametrize("miss", [0.025, 0.3])
+def test_a_rate_known_from_validation_prompts_is_that_of_two_binomial_draws(
+    limit: float, n: int, m: int, miss: float
+) -> None:
+    target = harm_rate_target(ClopperPearson(), limit, n, 0.05, miss, m)
+    assert 0 < target < harm_rate_target(ClopperPearson(), limit, n, 0.05, miss)
+    allowed = max(h for h in range(n) if clopper_pearson_upper(h, n, 0.05) <= limit)
+    generator, repeats = np.random.default_rng(3), 200_000
+    seen = generator.binomial(m, target, repeats)
+    passed = generator.binomial(n, seen / m) <= allowed
+    tolerance = 4 * math.sqrt(miss * (1 - miss) / repeats)
+    assert passed.mean() == pytest.approx(1 - miss, abs=tolerance)
+
+
+def test_many_validation_prompts_are_as_good_as_knowing_the_rate() -> None:
+    known = harm_rate_target(ClopperPearson(), 0.15, 500, 0.05, 0.025)
+    found = harm_rate_target(ClopperPearson(), 0.15, 500, 0.05, 0.025, 10**6)
+    assert found == pytest.approx(known, abs=2e-5)
+
+
+@pytest.mark.parametrize("m", [2, 2000])
+def test_the_target_is_never_above_that_of_a_known_rate(m: int) -> None:
+    # Without any harm allowed E (1 - j/m)^n exceeds (1 - p)^n: the second draw would be welcome.
+    known = harm_rate_target(ClopperPearson(), 0.05, 59, 0.05, 0.05)
+    assert harm_rate_target(ClopperPearson(), 0.05, 59, 0.05, 0.05, m) == known
 
 
 def test_simulated_policies_at_the_harm_rate_target_pass_as_often_as_promised() -> None:

@@ -232,6 +232,20 @@ def test_the_pessimism_is_renewed_when_the_recent_costs_were_replaced_once() -> 
     assert dual.recent == [cost for number in (4, 5, 6) for cost in rollout(number)]
 
 
+def test_few_validation_prompts_make_training_aim_lower() -> None:
+    derived = [
+        Constraint(e, t, lower=-4.0, upper=4.0) for e, t in (("mean", 0.5), ("harm_rate", 0.3))
+    ]
+    costs, keys = rollout(0), different_prompts(20)
+    known, seen = (Dual(derived, ProjectedMultiplier(), m) for m in (None, 50))
+    violations = [dual.judge(costs, keys)[1] for dual in (known, seen)]
+    assert all(b > a for a, b in zip(*violations, strict=True))
+    assert seen.pessimisms == [derived[0].training_pessimism(2, costs, 50), 0.0]
+    std = math.sqrt(((costs > 0).astype(float)).var(ddof=1))
+    target = derived[1].training_target(2, 50)
+    assert violations[1][1] == pytest.approx(((costs > 0).mean() - target) / std)
+
+
 def test_a_dual_goes_on_from_its_state_as_if_it_had_not_stopped() -> None:
     rule = PIDMultiplier(maximum=0.4)
     whole, first = (Dual([MEAN, RATE], rule) for _ in range(2))
