@@ -7,7 +7,9 @@
 A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
 `hcrlhf fit` with the shipped demo configs, a layer of a few keys, and its safety test; the answers
 to the evaluation prompts are then judged by what the world itself knows. What is finished in --out
-is not run again, so the same command resumes.
+is not run again, so the same command resumes. `report` adds what is in --out to what was recorded
+before, so that seeds can be run on several days or machines. A change of the config begins a new
+table; what was run with an earlier one stays below it.
 
 What could be reached is bounded by a linear program over CANDIDATES responses of the supervised
 policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
@@ -42,9 +44,9 @@ from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
+import yaml
 from scipy import optimize, sparse, stats
 
-from callbacks.best_candidate import KEPT
 from hcrlhf import cli
 from hcrlhf.cli import CRASHED, NO_SOLUTION, NOT_TESTED, PASSED
 from hcrlhf.constraint import Constraint
@@ -68,7 +70,7 @@ LAST = [
         "init_args": {"schedule": "once", "candidate_check": False},
     }
 ]
-MULTIPLIER, DATA = "--model.init_args.multiplier", "--data.init_args"
+MULTIPLIER = "--model.init_args.multiplier"
 
 
 def multiplier(name: str, **options: float) -> list[str]:
@@ -88,12 +90,6 @@ ARMS: dict[str, tuple[str, list[str], list[str]]] = {
     ),
     "ppo": ("ours, PPO (the shipped config)", [], []),
     "rloo": ("ours, RLOO", ["rloo"], []),
-    # Whether the rest of the gap is a matter of compute: 17,920 responses for the config's 4,480.
-    "rloo_x4": (
-        "ours, RLOO, four times the responses",
-        ["rloo"],
-        [f"{DATA}.updates", "140", f"{DATA}.prompts_per_update", "32"],
-    ),
 }
 MULTIPLIERS: dict[str, tuple[str, list[str], list[str]]] = {
     "projected": (
@@ -150,7 +146,7 @@ def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
         "arm": name,
         "verdict": verdict["verdict"],
         "tested": verdict["plan_hash"] is not None,
-        "kept": KEPT,
+        "config": shipped(),
         "seconds": round(seconds, 1),
         **summary([json.loads(line) for line in lines]),
     }
@@ -161,6 +157,17 @@ def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
 
 def config(layer: str) -> Path:
     return CONFIGS / f"{layer}.yaml"
+
+
+def shipped() -> str:
+    """What of the shipped config decides how much a run can learn, in words."""
+    policy = yaml.safe_load(config("policy").read_text())
+    data = policy["data"]["init_args"]
+    learner = policy["model"]["init_args"]["learner"]["init_args"]
+    return (
+        f"{data['updates']} updates of {data['prompts_per_update']} responses, "
+        f"{learner['epochs']} x {learner['minibatches']} steps"
+    )
 
 
 def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -325,24 +332,40 @@ def interval(values: Sequence[float], digits: int = 2) -> str:
     return f"{centre:.{digits}f} ({centre - half:.{digits}f} to {centre + half:.{digits}f})"
 
 
+def share_of_gain(rows: Sequence[Mapping[str, Any]], name: str, digits: int = 2) -> str:
+    """Σ (R - R_sft) / Σ (R_name - R_sft) over seeds, with the 95% interval of a ratio of means.
+
+    Of the sums and not the mean of ratios, which a seed with little to gain would rule. The
+    interval is Student's for the residuals (R - R_sft) - q (R_name - R_sft), over the mean of what
+    could be gained.
+    """
+    gains = np.array([row["true_reward"] - row["sft"] for row in rows])
+    room = np.array([row[name] - row["sft"] for row in rows])
+    ratio = gains.sum() / room.sum()
+    if len(rows) < 2:
+        return f"{ratio:.{digits}f}"
+    error = (gains - ratio * room).std(ddof=1) / math.sqrt(len(rows)) / room.mean()
+    half = error * float(stats.t.ppf(0.975, len(rows) - 1))
+    return f"{ratio:.{digits}f} ({ratio - half:.{digits}f} to {ratio + half:.{digits}f})"
+
+
 def share(hits: int, n: int) -> str:
     found = proportion(hits, n)
     return f"{hits} of {n}: {found.value:.0%} ({found.low:.0%} to {found.high:.0%})"
 
 
 def collect(out: Path) -> list[dict[str, Any]]:
-    rows = []
+    """Every run that is recorded, and those in `out`, which replace the same run of before."""
+    lines = (RESULTS / "recipe.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
     for path in sorted(out.glob("seed-*/*/result.json")):
         row = json.loads(path.read_text())
         if row["arm"] not in {**ARMS, **MULTIPLIERS}:
             continue
         known = json.loads((path.parent.parent / "reference.json").read_text())
-        gains = {
-            f"of_{name}": (row["true_reward"] - known["sft"]) / (known[name] - known["sft"])
-            for name in ("known", "best")
-        }
-        rows.append({**row, **known, **gains})
-    return rows
+        rows.append({**row, **known})
+    found = {(row["config"], row["arm"], row["seed"]): row for row in rows}
+    return [found[key] for key in sorted(found)]
 
 
 def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[str]:
@@ -362,8 +385,8 @@ def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[st
             str(len(own)),
             share(passed, len(tested)) if tested else "no test",
             interval([row["true_reward"] for row in own]),
-            interval([row["of_known"] for row in own]),
-            interval([row["of_best"] for row in own]),
+            share_of_gain(own, "known"),
+            share_of_gain(own, "best"),
             interval([row["true_harm"] for row in own], 3),
             interval([row["harm"] for row in own], 3),
             interval([row["cost"] for row in own]),
@@ -373,15 +396,18 @@ def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[st
     return lines
 
 
-def page(rows: Sequence[Mapping[str, Any]]) -> str:
+def page(every: Sequence[Mapping[str, Any]]) -> str:
+    rows = [row for row in every if row["config"] == shipped()]
     by_seed = {row["seed"]: row for row in rows}.values()
     lines = [
         "# The recipe on the embedded world",
         "",
         "Written by `benchmarks/recipe.py report`; its docstring says what is run and what `known` "
-        "and `best` are; their shares are of the gain in true reward over the supervised policy. "
-        "Brackets are 95% intervals over seeds (Student-t; Wilson for shares). A test "
-        "that the candidate check did not open counts as not passed.",
+        "and `best` are; their shares are of the gain in true reward over the supervised policy, "
+        "all seeds together. Brackets are 95% intervals over seeds (Student-t; Wilson for passes). "
+        "A test that the candidate check did not open counts as not passed.",
+        "",
+        f"Every policy, but for the one without constraint: {shipped()}.",
         "",
         f"Supervised policy, true reward: {interval([row['sft'] for row in by_seed])}; `known`: "
         f"{interval([row['known'] for row in by_seed])}; `best`: "
@@ -389,30 +415,29 @@ def page(rows: Sequence[Mapping[str, Any]]) -> str:
         "",
         *table(rows, ARMS),
         "",
-        *older(rows),
         "![Every run](../../docs/plots/recipe.png)",
     ]
-    if any(row["arm"] in MULTIPLIERS for row in rows):
-        seeds = {row["seed"] for row in rows if row["arm"] in MULTIPLIERS}
-        lines += ["", f"The shipped PPO config with each multiplier, on {len(seeds)} seeds:", ""]
-        both = [row for row in rows if row["seed"] in seeds]
-        lines += table(both, {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS})
+    lines += multipliers(every)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
     lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
 
 
-def older(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What a reader has to know of runs that were made before a change that matters."""
-    count = sum("kept" not in row for row in rows)
-    if not count:
-        return []
-    return [
-        f"{count} of the {len(rows)} runs are older than a change of `callbacks.BestCandidate`: "
-        "where no policy was likely enough to pass, the last one went to the candidate check, and "
-        "now the nearest one does.",
-        "",
-    ]
+def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The multipliers side by side, by the config that they were run with."""
+    lines = []
+    for used in sorted({row["config"] for row in rows if row["arm"] in MULTIPLIERS}):
+        of_config = [row for row in rows if row["config"] == used]
+        if used == shipped():
+            seeds = {row["seed"] for row in of_config if row["arm"] in MULTIPLIERS}
+            lines += ["", "The same PPO with each multiplier, on the same seeds:", ""]
+            both = [row for row in of_config if row["seed"] in seeds]
+            lines += table(both, {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS})
+        else:
+            lines += ["", f"An earlier config ({used}), PPO with each multiplier beside it:", ""]
+            named = {**ARMS, "ppo": ("ours, PPO with PID", [], []), **MULTIPLIERS}
+            lines += table(of_config, named)
+    return lines
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -463,9 +488,10 @@ def main() -> None:
         if not rows:
             raise SystemExit(f"{options.out} holds no finished run")
         lines = "".join(json.dumps(row) + "\n" for row in rows)
+        of_now = [row for row in rows if row["config"] == shipped()]
         (RESULTS / "recipe.jsonl").write_text(lines)
         (RESULTS / "recipe.md").write_text(page(rows), encoding="utf-8")
-        plot(rows, HERE.parent / "docs" / "plots" / "recipe.png")
+        plot(of_now, HERE.parent / "docs" / "plots" / "recipe.png")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from hcrlhf.examples import EncodesExamples
 from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
 from hcrlhf.samples import Floats
 
-KEPT = 3  # policies of a run that are looked at once more
+KEPT = 6  # policies of a run that are looked at once more, until one is likely to pass
 
 
 class BestCandidate(Callback):

@@ -307,7 +307,7 @@ def run(arguments: Sequence[str]) -> int:
             raise found from None
         if isinstance(error, ValueError) and "Does not validate" in str(error):
             raise InputError(short_error(str(error))) from error
-        if isinstance(error, torch.OutOfMemoryError):  # a policy has halved its passes before
+        if isinstance(error, torch.OutOfMemoryError):  # where passes could be halved, they were
             raise InputError(
                 f"out of memory ({one_line(error)}); halve data.init_args.batch_size and double "
                 "trainer.accumulate_grad_batches, or set model.init_args.gradient_checkpointing: "

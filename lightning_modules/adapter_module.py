@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hcrlhf import optimizers, processes
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
@@ -17,13 +19,14 @@ from hcrlhf.errors import InputError
 from hcrlhf.resume import rng_state, set_rng_state
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
-from hcrlhf.text import TextEncoder, Tokens
+from hcrlhf.text import TextEncoder, Tokens, one_line
 
 QUANTISES_ADAPTERS = (
     "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing to train; "
     "remove it and set quantization: nf4 on the module"
 )
 Schedule = Literal["linear", "cosine", "constant"]
+Result = TypeVar("Result")
 
 
 def check_size(size: int | None, name: str) -> int | None:
@@ -185,6 +188,9 @@ class AdapterModule(StageModule):
     strict_loading = False
     backbone: Backbone
     encoder: TextEncoder
+    group_size: int | None = None  # sequences per pass of `in_groups`
+    _group_at_a_time = False  # forward again in the backward pass, so that memory holds one group
+    _rows = 1  # of the last batch
 
     def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
         """The frozen backbone of this run (trainable as a whole with `full`)."""
@@ -196,12 +202,91 @@ class AdapterModule(StageModule):
     def trained(self) -> Iterator[torch.nn.Parameter]:
         return (parameter for _, parameter in self.backbone.trained_parameters())
 
-    @staticmethod
-    def in_groups(tokens: Tokens, size: int | None, forward: Callable[[Tokens], Tensor]) -> Tensor:
-        """`forward` of all rows, in passes over `size` rows of similar length, in their order."""
-        groups = tokens.by_length(size)
-        parts = [forward(tokens.rows(rows)) for rows in groups]
+    def in_groups(self, tokens: Tokens, forward: Callable[[Tokens], Tensor]) -> Tensor:
+        """`forward` of all rows, `group_size` of similar length per pass, in their order."""
+        self._rows = len(tokens)
+        groups = tokens.by_length(self.group_size)
+        again = self._group_at_a_time and torch.is_grad_enabled()
+        parts: list[Tensor] = [
+            checkpoint(forward, tokens.rows(rows), use_reentrant=False)
+            if again
+            else forward(tokens.rows(rows))
+            for rows in groups
+        ]
         return torch.cat(parts)[torch.cat(groups).argsort()]
+
+    # -- out of memory -------------------------------------------------------------------------
+
+    @property
+    def progress(self) -> str:
+        """Where training stands, for people."""
+        return f"step {self.global_step}"
+
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
+    ) -> None:
+        """One step, whose gradient is found in smaller passes where memory runs out.
+
+        Not where gradients of several batches are added up, nor with several processes, the others
+        of which would be waiting: there the error stays one.
+        """
+
+        def gradient() -> Any:
+            # It clears what a pass that failed has left, and nothing of the optimizer has changed.
+            return self._with_room("group_size", None, self._one_group_at_a_time(closure))
+
+        closure = optimizer_closure
+        alone = self.trainer.accumulate_grad_batches == 1 and processes.rank_and_size()[1] == 1
+        super().optimizer_step(epoch, batch_idx, optimizer, gradient if alone else closure)
+
+    def _one_group_at_a_time(self, attempt: Callable[[], Result]) -> Callable[[], Result]:
+        """`attempt`, after whose first failure a group's activations live no longer than it."""
+
+        def tried() -> Result:
+            if self._group_at_a_time:
+                return attempt()
+            try:
+                return attempt()
+            except torch.OutOfMemoryError:
+                self._group_at_a_time = True
+            self._say_less_memory("the forward pass of a group is repeated in the backward pass")
+            return attempt()
+
+        return tried
+
+    def _with_room(
+        self, setting: str, largest: int | None, attempt: Callable[[], Result]
+    ) -> Result:
+        """What `attempt` returns; where memory runs out, at half as many sequences per pass.
+
+        Args:
+            setting: name of the attribute that says how many; it stays at what was found to fit.
+            largest: how many a pass has at most; None takes the rows of the last `in_groups`.
+
+        Raises:
+            InputError: even one sequence is too much.
+        """
+        while True:
+            try:
+                return attempt()
+            except torch.OutOfMemoryError as error:
+                most = self._rows if largest is None else largest
+                before = min(getattr(self, setting) or most, most)
+                if before <= 1:
+                    raise InputError(
+                        f"out of memory with one sequence per pass ({one_line(error)}); shorten "
+                        "chat.max_response_tokens, set gradient_checkpointing: true, do without "
+                        "unpacked_rollouts, or take a "
+                        "smaller model (hcrlhf doctor says what fits)"
+                    ) from None
+            # Outside of the handler: what the failed pass had made lives until its end.
+            setattr(self, setting, before // 2)
+            self._say_less_memory(f"{setting} {before} is now {before // 2}")
+
+    def _say_less_memory(self, change: str) -> None:
+        warnings.warn(f"out of memory in {self.progress}: {change}", stacklevel=3)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def on_train_start(self) -> None:
         # Hugging Face models arrive in evaluation mode, where gradient checkpointing is silently

@@ -120,7 +120,7 @@ class Preference(PairModule, AdapterModule):
             return self.backbone.scores(role, self.backbone.hidden(part), part)
 
         with self.backbone.role(role):
-            return self.in_groups(tokens, self.group_size, score)
+            return self.in_groups(tokens, score)
 
     def save_stage(self) -> None:
         """Writes adapter, head, tokenizer and `hcrlhf.json`, and scores with what was written.

@@ -6,13 +6,12 @@ import hashlib
 import json
 import math
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -59,13 +58,11 @@ from hcrlhf.text import (
     collate,
     join,
     load_tokenizer,
-    one_line,
 )
 from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role, check_size
 
 ACTOR = "policy"
 REFERENCE = "sft"
-Result = TypeVar("Result")
 Reader = Callable[[Tensor, Tokens], Tensor]  # hidden states of a role, and whose they are
 
 
@@ -335,6 +332,10 @@ class ScoredPolicy(AdapterModule):
         texts = tuple(e.prompt.text for e in encoded)
         return PromptBatch(tokens, keys, texts, tuple(e.prompt.messages for e in encoded))
 
+    @property
+    def progress(self) -> str:
+        return f"update {self.updates}"
+
     # -- a rollout -----------------------------------------------------------------------------
 
     def respond(self, batch: PromptBatch, seeds: list[int], unpacked: bool = False) -> Tokens:
@@ -342,37 +343,6 @@ class ScoredPolicy(AdapterModule):
         return self._with_room(
             "rollout_batch_size", len(batch.keys), lambda: self._respond(batch, seeds, unpacked)
         )
-
-    def _with_room(self, setting: str, largest: int, attempt: Callable[[], Result]) -> Result:
-        """What `attempt` returns; where memory runs out, at half as many sequences per pass.
-
-        Args:
-            setting: name of the attribute that says how many; it stays at what was found to fit.
-            largest: how many a pass has where the setting is None.
-
-        Raises:
-            InputError: even one sequence is too much.
-        """
-        while True:
-            try:
-                return attempt()
-            except torch.OutOfMemoryError as error:
-                before = min(getattr(self, setting) or largest, largest)
-                if before <= 1:
-                    raise InputError(
-                        f"out of memory with one sequence per pass ({one_line(error)}); shorten "
-                        "chat.max_response_tokens, set gradient_checkpointing: true, do without "
-                        "unpacked_rollouts, or take a "
-                        "smaller model (hcrlhf doctor says what fits)"
-                    ) from None
-            # Outside of the handler: what the failed pass had made lives until its end.
-            setattr(self, setting, before // 2)
-            warnings.warn(
-                f"out of memory in update {self.updates}: {setting} {before} is now {before // 2}",
-                stacklevel=2,
-            )
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
 
     def _respond(self, batch: PromptBatch, seeds: list[int], unpacked: bool) -> Tokens:
         groups = batch.tokens.by_length(self.rollout_batch_size)

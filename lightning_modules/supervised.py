@@ -97,7 +97,7 @@ class Supervised(AdapterModule):
 
     def forward(self, tokens: Tokens) -> Tensor:
         """log π of the response tokens, (B, T)."""
-        return self.in_groups(tokens, self.group_size, self._log_probs)
+        return self.in_groups(tokens, self._log_probs)
 
     def _log_probs(self, tokens: Tokens) -> Tensor:
         return self.backbone.log_probs(self.backbone.hidden(tokens), tokens)

@@ -244,6 +244,8 @@ def policy_arguments(stages: Path, root: Path, *more: str) -> list[str]:
         path = stages / "world" / "prompts" / f"{split}.jsonl"
         arguments += [f"--data.init_args.{split}", str(path)]
     arguments += ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "6"]
+    learner = "--model.init_args.learner.init_args"
+    arguments += [f"{learner}.epochs=2", f"{learner}.minibatches=2"]
     return [*arguments, LIMIT % 3.5, *more]
 
 

@@ -36,6 +36,7 @@ SIZES = WorldSizes(
     model=ModelSizes(hidden=64, layers=1, intermediate=64),
 )
 SMALL = ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "3"]
+SMALL += [f"--model.init_args.learner.init_args.{key}=2" for key in ("epochs", "minibatches")]
 # Any policy passes under this threshold, none under the other: the demo's small model has learnt
 # nothing, and its costs lie near 0 of a range of [-4, 4].
 LIMIT = "[{estimand: mean, threshold: %s, safety_prompts: 40}]"
@@ -768,11 +769,35 @@ def test_an_earlier_stage_that_runs_out_of_memory_says_which_keys_to_change(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out_of_memory_above(8, "hidden", monkeypatch)
-    assert fit_stage(demo, "sft", tmp_path / "sft") == 2
+    added = ["--trainer.accumulate_grad_batches", "2"]  # nothing is halved where gradients add up
+    assert fit_stage(demo, "sft", tmp_path / "sft", *added) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
     assert "CUDA out of memory" in line and "halve data.init_args.batch_size" in line
     smaller = ["--data.init_args.batch_size", "8", "--trainer.accumulate_grad_batches", "4"]
     assert fit_stage(demo, "sft", tmp_path / "smaller", *smaller) == PASSED
+
+
+@pytest.mark.parametrize("stage", ["sft", "cost"])
+def test_passes_of_an_earlier_stage_that_do_not_fit_are_halved_and_the_weights_are_the_same(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    once = ["--trainer.limit_train_batches", "1", "--model.init_args.group_size", "16"]
+    assert fit_stage(demo, stage, tmp_path / "whole", *once) == PASSED
+    tried = out_of_memory_above(4, "hidden", monkeypatch)
+    with pytest.warns(UserWarning, match="out of memory in step 0: group_size 8 is now 4"):
+        assert fit_stage(demo, stage, tmp_path / "halved", *once) == PASSED
+    assert tried[:4] == [16, 16, 8, 4] and set(tried[3:]) == {4}
+    whole, halved = (stage_weights(tmp_path / name) for name in ("whole", "halved"))
+    assert whole.keys() == halved.keys()
+    # One step of plain Adam: a tiny gradient's sign may turn, which moves a weight by the rate.
+    close = [torch.isclose(whole[k], halved[k], rtol=1e-5, atol=1e-6).float() for k in whole]
+    assert torch.cat([c.flatten() for c in close]).mean() > 0.999
+
+
+def stage_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything that a stage has trained."""
+    found = {f.name: safetensors.torch.load_file(f) for f in sorted(folder.glob("*.safetensors"))}
+    return {f"{name}/{key}": v for name, state in found.items() for key, v in state.items()}
 
 
 def test_rollouts_that_do_not_fit_are_drawn_in_parts_and_are_the_same(

@@ -355,6 +355,8 @@ def policy_arguments(runs: Path, root: Path, reward: Any, cost: Any, *more: str)
         path = runs / "world" / "prompts" / f"{split}.jsonl"
         arguments += [f"--data.init_args.{split}", str(path)]
     arguments += ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "3"]
+    learner = "--model.init_args.learner.init_args"
+    arguments += [f"{learner}.epochs=2", f"{learner}.minibatches=2"]
     limit = "[{estimand: mean, threshold: 3.9, safety_prompts: 30}]"
     return [*arguments, f"--model.init_args.constraints={limit}", *more]
 
