@@ -417,26 +417,30 @@ def page(every: Sequence[Mapping[str, Any]]) -> str:
         "",
         "![Every run](../../docs/plots/recipe.png)",
     ]
-    lines += multipliers(every)
+    lines += multipliers(rows) + earlier(every)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
     lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
 
 
 def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The multipliers side by side, by the config that they were run with."""
+    """PPO with each multiplier, on the seeds that have been run with them."""
+    seeds = {row["seed"] for row in rows if row["arm"] in MULTIPLIERS}
+    if not seeds:
+        return []
+    both = [row for row in rows if row["seed"] in seeds]
+    named = {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS}
+    lines = table(both, named)
+    return ["", f"The same PPO with each multiplier, on {len(seeds)} seeds:", "", *lines]
+
+
+def earlier(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table for every config that was shipped before."""
     lines = []
-    for used in sorted({row["config"] for row in rows if row["arm"] in MULTIPLIERS}):
-        of_config = [row for row in rows if row["config"] == used]
-        if used == shipped():
-            seeds = {row["seed"] for row in of_config if row["arm"] in MULTIPLIERS}
-            lines += ["", "The same PPO with each multiplier, on the same seeds:", ""]
-            both = [row for row in of_config if row["seed"] in seeds]
-            lines += table(both, {"ppo": ("PID (shipped)", [], []), **MULTIPLIERS})
-        else:
-            lines += ["", f"An earlier config ({used}), PPO with each multiplier beside it:", ""]
-            named = {**ARMS, "ppo": ("ours, PPO with PID", [], []), **MULTIPLIERS}
-            lines += table(of_config, named)
+    for used in sorted({row["config"] for row in rows} - {shipped()}):
+        named = {**ARMS, "ppo": ("ours, PPO (with PID)", [], []), **MULTIPLIERS}
+        own = table([row for row in rows if row["config"] == used], named)
+        lines += ["", f"Before, with {used}:", "", *own]
     return lines
 
 
