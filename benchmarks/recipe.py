@@ -5,7 +5,7 @@
     python -m benchmarks.recipe report
 
 A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
-`hcrlhf fit` with the shipped demo configs, a layer of a few keys, and its safety test; the answers
+`hcrlhf fit` with the shipped demo configs, `long.yaml` and a few keys, and its safety test; the answers
 to the evaluation prompts are then judged by what the world itself knows. What is finished in --out
 is not run again, so the same command resumes. `report` adds what is in --out to what was recorded
 before, so that seeds can be run on several days or machines. A change of the config begins a new
@@ -85,20 +85,24 @@ ARMS: dict[str, tuple[str, list[str], list[str]]] = {
     "unconstrained": ("PPO without constraint", ["unconstrained"], []),
     "safe_rlhf": (
         "Safe RLHF: mean cost at the limit, k = 0",
-        [],
+        ["long"],
         [f"--model.init_args.constraints={MEAN_ALONE}", f"--trainer.callbacks={json.dumps(LAST)}"],
     ),
-    "ppo": ("ours, PPO (the shipped config)", [], []),
-    "rloo": ("ours, RLOO", ["rloo"], []),
+    "ppo": ("ours, PPO (the shipped config)", ["long"], []),
+    "rloo": ("ours, RLOO", ["rloo", "long"], []),
 }
 MULTIPLIERS: dict[str, tuple[str, list[str], list[str]]] = {
     "projected": (
         "projected",
-        [],
+        ["long"],
         multiplier("ProjectedMultiplier", learning_rate=0.05, initial=0.3),
     ),
-    "log": ("log-space", [], multiplier("LogMultiplier", learning_rate=0.15, initial=0.3)),
-    "softplus": ("softplus", [], multiplier("SoftplusMultiplier", learning_rate=0.15, initial=0.3)),
+    "log": ("log-space", ["long"], multiplier("LogMultiplier", learning_rate=0.15, initial=0.3)),
+    "softplus": (
+        "softplus",
+        ["long"],
+        multiplier("SoftplusMultiplier", learning_rate=0.15, initial=0.3),
+    ),
 }
 
 
@@ -161,8 +165,8 @@ def config(layer: str) -> Path:
 
 def shipped() -> str:
     """What of the shipped config decides how much a run can learn, in words."""
-    policy = yaml.safe_load(config("policy").read_text())
-    data = policy["data"]["init_args"]
+    policy, long = (yaml.safe_load(config(name).read_text()) for name in ("policy", "long"))
+    data = policy["data"]["init_args"] | long["data"]["init_args"]
     learner = policy["model"]["init_args"]["learner"]["init_args"]
     return (
         f"{data['updates']} updates of {data['prompts_per_update']} responses, "
