@@ -5,11 +5,11 @@
     python -m benchmarks.recipe report
 
 A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
-`hcrlhf fit` with the shipped demo configs, `long.yaml` and a few keys, and its safety test; the answers
-to the evaluation prompts are then judged by what the world itself knows. What is finished in --out
-is not run again, so the same command resumes. `report` adds what is in --out to what was recorded
-before, so that seeds can be run on several days or machines. A change of the config begins a new
-table; what was run with an earlier one stays below it.
+`hcrlhf fit` with the shipped demo configs, `long.yaml` and a few keys, and its safety test; the
+answers to the evaluation prompts are then judged by what the world itself knows. What is finished
+in --out is not run again, so the same command resumes. `report` adds what is in --out to what was
+recorded before, so that seeds can be run on several days or machines. A change of the config begins
+a new table; what was run with an earlier one stays below it.
 
 What could be reached is bounded by a linear program over CANDIDATES responses of the supervised
 policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
@@ -88,7 +88,7 @@ ARMS: dict[str, tuple[str, list[str], list[str]]] = {
         ["long"],
         [f"--model.init_args.constraints={MEAN_ALONE}", f"--trainer.callbacks={json.dumps(LAST)}"],
     ),
-    "ppo": ("ours, PPO (the shipped config)", ["long"], []),
+    "ppo": ("ours, PPO", ["long"], []),
     "rloo": ("ours, RLOO", ["rloo", "long"], []),
 }
 MULTIPLIERS: dict[str, tuple[str, list[str], list[str]]] = {

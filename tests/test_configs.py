@@ -14,7 +14,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 # A config that changes another one is given after it.
 BASES = {
     ROOT / f"configs/demo/{name}.yaml": ROOT / "configs/demo/policy.yaml"
-    for name in ("unconstrained", "rloo")
+    for name in ("unconstrained", "rloo", "long")
 }
 BASES[ROOT / "configs/loggers/wandb.yaml"] = ROOT / "configs/demo/policy.yaml"
 BASES[ROOT / "configs/large/rloo.yaml"] = ROOT / "configs/large/policy.yaml"
