@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -55,13 +56,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hcrlhf {__version__}")
         return PASSED
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"hcrlhf: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("hcrlhf: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except BrokenPipeError:  # who read our output has gone, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not yet said
+        return CRASHED
     except SystemExit as end:  # argparse leaves by this door, and Lightning after Ctrl-C
         if isinstance(end.__context__, KeyboardInterrupt):
             return INTERRUPTED

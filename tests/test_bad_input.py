@@ -1,7 +1,10 @@
 """Bad input: one line, exit code 2, before any training, and nothing left behind."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +13,7 @@ from typing import Any
 import pytest
 from lightning import LightningModule
 
-from hcrlhf.cli import main
+from hcrlhf.cli import CRASHED, main
 from hcrlhf.errors import InputError
 from hcrlhf.lightning_cli import short_error
 from lightning_modules import Policy, Preference, PreferenceClassifier, Supervised
@@ -181,3 +184,13 @@ def test_strategies_that_split_weights_are_refused(module: Any, strategy: str) -
     stub._trainer = SimpleNamespace(strategy=type(strategy, (), {})(), world_size=2)
     with pytest.raises(InputError, match=f"{strategy} would split.*set trainer.strategy: ddp"):
         stub.setup("fit")
+
+
+def test_a_reader_that_has_gone_gets_no_traceback() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` has, once it has seen enough
+    command = [sys.executable, "-m", "hcrlhf", "power", "--gap", "0.25", "--n", "500"]
+    ends = ["--lower", "-4", "--upper", "4"]
+    process = subprocess.run([*command, *ends], stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (CRASHED, b"")
