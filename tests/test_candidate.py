@@ -111,7 +111,9 @@ def test_the_best_policy_that_is_likely_to_pass_is_the_candidate() -> None:
         ({}, 6),
         ({6: 1.0}, 9),  # luck: the next best is taken
         ({6: 1.0, 9: 1.0}, 4),
-        ({6: 1.0, 9: -0.0119, 4: 2.0}, 9),  # none is likely: the one that comes nearest
+        ({6: 1.0, 9: 1.0, 4: 2.0}, 2),
+        # None is likely: the one that comes nearest.
+        ({6: 1.0, 9: -0.0119, 4: 2.0, 2: 1.0}, 9),
     ],
 )
 def test_the_best_of_many_looks_has_to_pass_another_one(
