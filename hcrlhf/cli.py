@@ -66,6 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("hcrlhf: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:  # who read our output has gone, as `| head` does
+        if arguments[0] not in PLAIN_COMMANDS:  # training has other pipes, whose end is no detail
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is not yet said
         return CRASHED
     except SystemExit as end:  # argparse leaves by this door, and Lightning after Ctrl-C

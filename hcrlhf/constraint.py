@@ -549,7 +549,10 @@ def check_validation_prompts(m: int) -> None:
         InputError: fewer than 2 prompts, which tell nothing of a spread.
     """
     if m < 2:
-        raise InputError(f"a candidate is looked at on at least 2 validation prompts, got {m}")
+        raise InputError(
+            f"a candidate is looked at on at least 2 validation prompts, got {m}; give more in "
+            "data.init_args.validation"
+        )
 
 
 def bootstrap_pessimism(

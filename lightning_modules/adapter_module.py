@@ -273,11 +273,12 @@ class AdapterModule(StageModule):
                 most = self._rows if largest is None else largest
                 before = min(getattr(self, setting) or most, most)
                 if before <= 1:
+                    unpacked = getattr(self, "unpacked_rollouts", False)
                     raise InputError(
                         f"out of memory with one sequence per pass ({one_line(error)}); shorten "
-                        "chat.max_response_tokens, set gradient_checkpointing: true, do without "
-                        "unpacked_rollouts, or take a "
-                        "smaller model (hcrlhf doctor says what fits)"
+                        "chat.max_response_tokens, set gradient_checkpointing: true, "
+                        f"{'do without unpacked_rollouts, ' if unpacked else ''}or take a smaller "
+                        "model (hcrlhf doctor says what fits)"
                     ) from None
             # Outside of the handler: what the failed pass had made lives until its end.
             setattr(self, setting, before // 2)

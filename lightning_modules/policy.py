@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from hcrlhf import optimizers, processes
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint, with_etas
+from hcrlhf.constraint import Constraint, check_validation_prompts, with_etas
 from hcrlhf.dual import Dual
 from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
@@ -188,9 +188,17 @@ class Policy(ScoredPolicy):
             self._read_demonstrations()
 
     def _count_validation_prompts(self) -> int | None:
-        """m, on which `callbacks.BestCandidate` and the candidate check look at a policy."""
+        """m, on which `callbacks.BestCandidate` looks at a policy; None without such a data module.
+
+        Raises:
+            InputError: too few to know a spread from.
+        """
         data = getattr(self.trainer, "datamodule", None)
-        return len(data.validation_prompts) if isinstance(data, HoldsSafetyPrompts) else None
+        if not isinstance(data, HoldsSafetyPrompts):
+            return None
+        count = len(data.validation_prompts)
+        check_validation_prompts(count)
+        return count
 
     @property
     def training_costs(self) -> Sequence[float]:

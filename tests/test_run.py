@@ -786,12 +786,37 @@ def test_passes_of_an_earlier_stage_that_do_not_fit_are_halved_and_the_weights_a
     tried = out_of_memory_above(4, "hidden", monkeypatch)
     with pytest.warns(UserWarning, match="out of memory in step 0: group_size 8 is now 4"):
         assert fit_stage(demo, stage, tmp_path / "halved", *once) == PASSED
-    assert tried[:4] == [16, 16, 8, 4] and set(tried[3:]) == {4}
+    assert tried[:3] == [16, 16, 8]
+    rows = {"sft": 32, "cost": 64}[stage]  # a pair has two responses
+    assert tried[3:] == [4] * (2 * rows // 4)  # each group once more in the backward pass
     whole, halved = (stage_weights(tmp_path / name) for name in ("whole", "halved"))
     assert whole.keys() == halved.keys()
     # One step of plain Adam: a tiny gradient's sign may turn, which moves a weight by the rate.
     close = [torch.isclose(whole[k], halved[k], rtol=1e-5, atol=1e-6).float() for k in whole]
     assert torch.cat([c.flatten() for c in close]).mean() > 0.999
+
+
+def test_training_knows_how_many_validation_prompts_a_candidate_is_looked_at_on(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hcrlhf.dual import Dual
+
+    seen, honest = [], Dual.judge
+
+    def judge(self: Dual, *arguments: Any) -> Any:
+        seen.append(self.validation_prompts)
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(Dual, "judge", judge)
+    assert fit(demo, tmp_path / "run", *ALWAYS) == PASSED
+    assert seen == [SIZES.validation] * 3
+    one = tmp_path / "one.jsonl"
+    one.write_text((demo / "world" / "prompts" / "validation.jsonl").read_text().split("\n")[0])
+    assert (
+        fit(demo, tmp_path / "few" / "run", *ALWAYS, "--data.init_args.validation", str(one)) == 2
+    )
+    assert "at least 2 validation prompts, got 1; give more in" in capsys.readouterr().err
+    assert len(seen) == 3  # refused before training
 
 
 def stage_weights(folder: Path) -> dict[str, torch.Tensor]:
