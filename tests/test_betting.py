@@ -579,6 +579,8 @@ def test_an_unknown_strategy_is_refused_with_the_list_of_known_ones() -> None:
 
 
 # -- speed -----------------------------------------------------------------------------------------
+# The limits are about ten times what was measured, since machines have slow days; work that grows
+# with the square of the costs, or a Python loop over them in each bisection, exceeds them by far.
 
 
 def quickest_of_three(call: Callable) -> float:
@@ -595,13 +597,13 @@ def quickest_of_three(call: Callable) -> float:
 def test_ten_thousand_costs_take_a_blink(strategy: str) -> None:
     x = np.random.default_rng(0).beta(0.5, 2.0, size=10_000)
     bet = {"upper": 1, "lower": 0, "strategy": strategy}
-    assert quickest_of_three(lambda: betting_upper(x, 0.05, **bet)) < 0.2
-    assert quickest_of_three(lambda: log_wealth(x, x.mean() + 0.001, 0.05, **bet)) < 0.02
+    assert quickest_of_three(lambda: betting_upper(x, 0.05, **bet)) < 2
+    assert quickest_of_three(lambda: log_wealth(x, x.mean() + 0.001, 0.05, **bet)) < 0.2
 
 
 def test_the_running_portfolio_over_ten_thousand_costs_takes_a_moment() -> None:
     x = np.random.default_rng(0).beta(0.5, 2.0, size=10_000)
-    assert quickest_of_three(lambda: portfolio_path(x, 0.21, 1.0)) < 0.1
+    assert quickest_of_three(lambda: portfolio_path(x, 0.21, 1.0)) < 1
     start = time.perf_counter()
     portfolio_running_upper(x, 0.05, 1.0)
-    assert time.perf_counter() - start < 5
+    assert time.perf_counter() - start < 30
