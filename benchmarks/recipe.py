@@ -6,7 +6,9 @@
 
 A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
 `hcrlhf fit` with the shipped demo configs, `long.yaml` and a few keys, and its safety test; the
-answers to the evaluation prompts are then judged by what the world itself knows. What is finished
+answers to the evaluation prompts are then judged by what the world itself knows; hazardous and
+harmless prompts count by their share in the world, not by that in the sample (`prompt_weights`),
+which would be most of a seed's noise. What is finished
 in --out is not run again, so the same command resumes. `report` adds what is in --out to what was
 recorded before, so that seeds can be run on several days or machines. A change of the config begins
 a new table; what was run with an earlier one stays below it.
@@ -14,11 +16,11 @@ a new table; what was run with an earlier one stays below it.
 What could be reached is bounded by a linear program over CANDIDATES responses of the supervised
 policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
 
-    max mean_i Σ_k w_ik f_ik   s.t.   mean cost <= τ, harm rate <= ρ, w_i a distribution over k,
+    max Σ_i p_i Σ_k w_ik f_ik   s.t.   mean cost <= τ, harm rate <= ρ, w_i a distribution over k,
 
-cost and harm by the cost model, as in the limits. It picks with hindsight, so it bounds from above
-what a policy within ln(CANDIDATES) nats of the supervised one can earn. Two of them, both valued by
-the true reward:
+p_i the weight of prompt i, cost and harm by the cost model, as in the limits. It picks with
+hindsight, so it bounds from above what a policy within ln(CANDIDATES) nats of the supervised one
+can earn. Two of them, both valued by the true reward:
 
 - `known`: f is the learnt reward, and the limits are those that training aims at, with the margins
   that let a policy pass its test with probability 1 - miss_probability. The learner is asked for
@@ -53,7 +55,14 @@ from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS, Demo
 from hcrlhf.preferences import proportion
 from hcrlhf.samples import Floats
-from hcrlhf.world import WorldSizes, true_cost, true_reward, write_world
+from hcrlhf.world import (
+    HAZARDOUS_SHARE,
+    WorldSizes,
+    topic_of,
+    true_cost,
+    true_reward,
+    write_world,
+)
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -175,16 +184,25 @@ def shipped() -> str:
 
 
 def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    rewards = [true_reward(a["prompt"], a["response"]) for a in answers]
-    harmful = [true_cost(a["prompt"], a["response"]) > 0 for a in answers]
-    return {
-        "true_reward": mean(rewards),
-        "true_harm": mean(harmful),
-        "reward": mean(a["reward"] for a in answers),
-        "cost": mean(a["cost"] for a in answers),
-        "harm": mean(a["cost"] > 0 for a in answers),
-        "kl": mean(a["kl"] for a in answers),
+    """What the answers are worth, each weighted by `prompt_weights`."""
+    columns = {
+        "true_reward": [true_reward(a["prompt"], a["response"]) for a in answers],
+        "true_harm": [true_cost(a["prompt"], a["response"]) > 0 for a in answers],
+        "reward": [a["reward"] for a in answers],
+        "cost": [a["cost"] for a in answers],
+        "harm": [a["cost"] > 0 for a in answers],
+        "kl": [a["kl"] for a in answers],
     }
+    weights = prompt_weights([a["prompt"] for a in answers])
+    return {name: float(weights @ np.asarray(column)) for name, column in columns.items()}
+
+
+def prompt_weights(prompts: Sequence[str]) -> Floats:
+    """(N,), which add up to 1: each kind of prompt has its share in the world, split evenly."""
+    hazardous = np.array([topic_of(prompt).hazardous for prompt in prompts])
+    share = np.where(hazardous, HAZARDOUS_SHARE, 1 - HAZARDOUS_SHARE)
+    weights = share / np.where(hazardous, hazardous.sum(), (~hazardous).sum())
+    return np.asarray(weights / weights.sum())
 
 
 def trainer_process(arguments: Sequence[str]) -> int:
@@ -270,18 +288,19 @@ def reference(folder: Path, seed: int) -> int:
     trainer.fit(module, data)
     rewards = np.array([true_reward(r["prompt"], r["response"]) for r in rows])
     costs = np.array([r["cost"] for r in rows])
+    prompts = prompt_weights([row["prompt"] for row in rows[::CANDIDATES]])
     limits = (LIMITS[0].threshold, LIMITS[1].threshold)
     record = {
-        "sft": float(rewards.mean()),
-        "known": float(pessimistic(np.concatenate(learnt), costs, module) @ rewards),
-        "best": float(feasible(rewards, costs, limits) @ rewards),
+        "sft": float(np.repeat(prompts / CANDIDATES, CANDIDATES) @ rewards),
+        "known": float(pessimistic(np.concatenate(learnt), costs, prompts, module) @ rewards),
+        "best": float(feasible(rewards, costs, prompts, limits) @ rewards),
     }
     (folder / "reference.json").write_text(json.dumps(record) + "\n")
     print(json.dumps({"seed": seed, **record}), flush=True)
     return PASSED
 
 
-def pessimistic(rewards: Floats, costs: Floats, module: Any) -> Floats:
+def pessimistic(rewards: Floats, costs: Floats, prompts: Floats, module: Any) -> Floats:
     """The linear program under the limits that training aims at, (N · CANDIDATES,) weights.
 
     The margin of the mean is that of the costs of the solution itself, found by repetition.
@@ -291,31 +310,33 @@ def pessimistic(rewards: Floats, costs: Floats, module: Any) -> Floats:
     generator, margin = np.random.default_rng(0), 0.0
     for _ in range(5):
         limits = (mean_cost.training_target(2) - margin, rate.training_target(2, m))
-        weights = feasible(rewards, costs, limits)
+        weights = feasible(rewards, costs, prompts, limits)
         recent = generator.choice(costs, mean_cost.safety_prompts, p=weights)
         margin = mean_cost.training_pessimism(2, recent, m) * float(recent.std())
     return weights
 
 
-def feasible(rewards: Floats, costs: Floats, limits: tuple[float, float]) -> Floats:
+def feasible(
+    rewards: Floats, costs: Floats, prompts: Floats, limits: tuple[float, float]
+) -> Floats:
     """The linear program's weights, (N · CANDIDATES,), which add up to 1.
 
     Args:
         rewards, costs: (N · CANDIDATES,), the candidates of a prompt side by side.
+        prompts: (N,), their weights.
         limits: of the mean cost and of the harm rate.
 
     Raises:
         ValueError: no mixture keeps to the limits.
     """
-    count = len(costs) // CANDIDATES
-    rows = np.repeat(np.arange(count), CANDIDATES)
+    rows = np.repeat(np.arange(len(prompts)), CANDIDATES)
     distribution = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     solution = optimize.linprog(
         -rewards,
         A_ub=np.stack([costs, costs > 0]),
         b_ub=limits,
         A_eq=distribution,
-        b_eq=np.full(count, 1 / count),
+        b_eq=prompts,
         bounds=(0, 1),
     )
     if not solution.success:

@@ -19,16 +19,13 @@ class Targets:
     Attributes:
         advantages: (B, T).
         returns: (S, B, T), what the critics are to predict.
-        scales: (S,), standard deviation of each stream's scores: the unit of its critic's loss,
-            without which a stream with large numbers would drown the others and the policy.
     """
 
     advantages: Tensor
     returns: Tensor
-    scales: Tensor
 
     def rows(self, index: Tensor) -> Targets:
-        return Targets(self.advantages[index], self.returns[:, index], self.scales)
+        return Targets(self.advantages[index], self.returns[:, index])
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,11 @@ class Learner(ABC):
         multipliers: Sequence[float],
         kl_coefficient: float,
     ) -> Targets:
-        """Advantages and returns; scores (S, B) are the reward, then the pessimistic costs."""
+        """Advantages and returns; scores (S, B) are the reward, then the pessimistic costs.
+
+        Both are in units of a standard deviation that no single rollout decides: the reward in that
+        of its model's moments, a cost in the running one of its constraint.
+        """
 
     @abstractmethod
     def policy_loss(self, log_probs: Tensor, rollout: Rollout, targets: Targets) -> Tensor:

@@ -176,8 +176,8 @@ class PPO(ClippedPolicy):
             for everything. "separate": an adapter and a head per critic, which start as copies of
             the reward and cost model; slower, and the critics do not disturb the actor.
         epochs, minibatches: passes over a rollout and optimizer steps per pass.
-        clip: ε of the probability ratio. value_clip: the same for the critics, in
-            standard deviations of their stream's scores.
+        clip: ε of the probability ratio. value_clip: the same for the critics, in the unit of
+            their stream's scores (standard deviations).
         gae_lambda: λ of generalised advantage estimation; the discount is 1.
         value_coefficient: weight of the critics' loss. Shared critics write into the states that
             the policy reads, and too much of it costs the policy: 0.5 wrecked the demo's.
@@ -226,12 +226,14 @@ class PPO(ClippedPolicy):
         rewards = token_rewards(scores, rollout.kl, kl_coefficient, mask)
         streams = generalized_advantages(rewards, rollout.values, mask, self.gae_lambda)
         combined = lagrangian_advantage(streams, multipliers)
-        scales = scores.std(dim=1).clamp(min=1e-3)
-        return Targets(whiten(combined, mask), streams + rollout.values, scales)
+        return Targets(whiten(combined, mask), streams + rollout.values)
 
     def value_loss(self, values: Tensor, rollout: Rollout, targets: Targets, stream: int) -> Tensor:
-        """`clipped_value_loss` of one stream in units of its scale, summed over response tokens."""
-        scale = targets.scales[stream]
-        old, returns = rollout.values[stream] / scale, targets.returns[stream] / scale
-        loss = clipped_value_loss(values / scale, old, returns, self.value_clip)
+        """`clipped_value_loss` of one stream, summed over response tokens.
+
+        In the unit of the scores, which is a running one: the standard deviation of this rollout's
+        would be 0 where none of its responses is harmful, and the critics' error beyond measure.
+        """
+        old, returns = rollout.values[stream], targets.returns[stream]
+        loss = clipped_value_loss(values, old, returns, self.value_clip)
         return (loss * rollout.tokens.response_mask).sum()

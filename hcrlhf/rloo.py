@@ -99,7 +99,7 @@ class RLOO(ClippedPolicy):
             # Equal returns stay zero: the floor is above what rounding makes of them.
             floor = 1e-4 * returns.abs().amax() + 1e-8
             advantages = advantages / torch.maximum(advantages.std(), floor)
-        return Targets(advantages[:, None] * mask, rollout.values, torch.ones(0))
+        return Targets(advantages[:, None] * mask, rollout.values)
 
     def value_loss(self, values: Tensor, rollout: Rollout, targets: Targets, stream: int) -> Tensor:
         raise NotImplementedError("RLOO has no critics")

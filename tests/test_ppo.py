@@ -314,39 +314,32 @@ def test_losses_are_sums_over_response_tokens_and_each_critic_has_its_own_stream
     count = sum(LENGTHS)
     targets = Targets(
         advantages=torch.full((B, T), 2.0),
-        returns=rollout.values + torch.tensor([3.0, 6.0, 12.0])[:, None, None],
-        scales=torch.tensor([1.0, 2.0, 1.5]),
+        returns=rollout.values + torch.tensor([3.0, 4.0, -8.0])[:, None, None],
     )
     policy_loss = learner.policy_loss(rollout.log_probs, rollout, targets)
     assert policy_loss.item() == pytest.approx(-2.0 * count)
-    # The errors are 3/1, 6/2 and 12/1.5 of the stream's own scale.
-    for stream, (kept, moved) in enumerate([(4.5, 2.0), (4.5, 2.0), (32.0, 24.5)]):
+    for stream, (kept, moved) in enumerate([(4.5, 2.0), (8.0, 4.5), (32.0, 50.0)]):
         old = rollout.values[stream]
         found = learner.value_loss(old, rollout, targets, stream)
         assert found.item() == pytest.approx(kept * count)
-        # Two units nearer, of which the clip lets one count.
-        found = learner.value_loss(old + 2 * targets.scales[stream], rollout, targets, stream)
+        # Two units up, of which the clip lets one count where they help, and all where they do not.
+        found = learner.value_loss(old + 2, rollout, targets, stream)
         assert found.item() == pytest.approx(moved * count)
 
 
-def test_the_scale_of_a_stream_is_the_standard_deviation_of_its_scores_with_a_floor() -> None:
-    scores = SCORES.double().clone()
+def test_a_rollout_without_harm_leaves_the_loss_of_its_critic_in_proportion() -> None:
+    # A harm rate where no response is harmful: the scores do not vary, and the critic is a bit off.
+    rollout, scores = random_rollout(), SCORES.double().clone()
     scores[2] = 0.3
-    scales = PPO().targets(random_rollout(), scores, (1.0, 1.0), 0.1).scales
-    expected = [np.std(SCORES[0].numpy(), ddof=1), np.std(SCORES[1].numpy(), ddof=1), 1e-3]
-    assert scales.tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("unit", [0.01, 50.0])
-def test_the_loss_of_a_critic_has_no_unit(unit: float) -> None:
-    rollout, values = random_rollout(), noise(11, B, T)
-    larger = replace(rollout, values=unit * rollout.values, reference_log_probs=rollout.log_probs)
-    rollout = replace(rollout, reference_log_probs=rollout.log_probs)
-    found = [
-        PPO().value_loss(u * values, r, PPO().targets(r, u * SCORES.double(), (1.0, 1.0), 0.1), 1)
-        for u, r in ((1.0, rollout), (unit, larger))
-    ]
-    assert found[0].item() == pytest.approx(found[1].item())
+    rollout = replace(
+        rollout,
+        reference_log_probs=rollout.log_probs,
+        values=torch.full_like(rollout.values, 0.5) * rollout.tokens.response_mask,
+    )
+    learner = PPO(gae_lambda=1.0)
+    targets = learner.targets(rollout, scores, (1.0, 1.0), 0.1)
+    found = learner.value_loss(rollout.values[2], rollout, targets, 2)
+    assert found.item() == pytest.approx(0.5 * (0.5 - 0.3) ** 2 * sum(LENGTHS))
 
 
 def test_rows_of_targets_and_rollouts_belong_to_the_same_responses() -> None:

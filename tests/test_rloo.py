@@ -159,7 +159,7 @@ def test_equal_returns_teach_nothing() -> None:
     rollout = rollout_of(["p", "p"], [[0.0], [0.0]], [1, 1])
     scores = torch.full((2, 2), 7.0)
     assert RLOO().targets(rollout, scores, [0.3], 0.1).advantages.abs().max() == 0
-    targets = Targets(torch.zeros(2, 1), rollout.values, torch.ones(0))
+    targets = Targets(torch.zeros(2, 1), rollout.values)
     assert float(RLOO().policy_loss(rollout.log_probs, rollout, targets)) == 0.0
 
 
