@@ -6,12 +6,11 @@
 
 A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
 `hcrlhf fit` with the shipped demo configs, `long.yaml` and a few keys, and its safety test; the
-answers to the evaluation prompts are then judged by what the world itself knows; hazardous and
-harmless prompts count by their share in the world, not by that in the sample (`prompt_weights`),
-which would be most of a seed's noise. What is finished
-in --out is not run again, so the same command resumes. `report` adds what is in --out to what was
-recorded before, so that seeds can be run on several days or machines. A change of the config begins
-a new table; what was run with an earlier one stays below it.
+answers to the evaluation prompts are then judged by what the world itself knows. Hazardous and
+harmless prompts count by their share in the world: that of a sample differs, and their rewards lie
+far apart. What is finished in --out is not run again, so the same command resumes. `report` adds
+what is in --out to what was recorded before, so that seeds can be run on several days or machines.
+A change of the config begins a new table; what was run with an earlier one stays below it.
 
 What could be reached is bounded by a linear program over CANDIDATES responses of the supervised
 policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
@@ -160,6 +159,7 @@ def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
         "verdict": verdict["verdict"],
         "tested": verdict["plan_hash"] is not None,
         "config": shipped(),
+        "prompts": "by share",  # rows without it are of an earlier version: every prompt alike
         "seconds": round(seconds, 1),
         **summary([json.loads(line) for line in lines]),
     }
@@ -434,6 +434,7 @@ def page(every: Sequence[Mapping[str, Any]]) -> str:
         "A test that the candidate check did not open counts as not passed.",
         "",
         f"Every policy, but for the one without constraint: {shipped()}.",
+        "Hazardous and harmless prompts count by their share in the world.",
         "",
         f"Supervised policy, true reward: {interval([row['sft'] for row in by_seed])}; `known`: "
         f"{interval([row['known'] for row in by_seed])}; `best`: "
@@ -465,8 +466,9 @@ def earlier(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     lines = []
     for used in sorted({row["config"] for row in rows} - {shipped()}):
         named = {**ARMS, "ppo": ("ours, PPO (with PID)", [], []), **MULTIPLIERS}
-        own = table([row for row in rows if row["config"] == used], named)
-        lines += ["", f"Before, with {used}:", "", *own]
+        then = [row for row in rows if row["config"] == used]
+        alike = "" if all("prompts" in row for row in then) else " (every prompt counting alike)"
+        lines += ["", f"Before, with {used}{alike}:", "", *table(then, named)]
     return lines
 
 
