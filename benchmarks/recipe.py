@@ -482,6 +482,8 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7.2, 4.4), constrained_layout=True)
     for i, (name, (title, _, _)) in enumerate(ARMS.items()):
         own = [row for row in rows if row["arm"] == name]
+        if not own:
+            continue
         for passed in (True, False):
             some = [row for row in own if (row["verdict"] == "PASS") == passed]
             axes.scatter(
@@ -495,13 +497,16 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     for name, style in (("sft", ":"), ("known", "--")):
         level = mean({row["seed"]: row[name] for row in rows}.values())
         axes.axhline(level, color="0.6", lw=0.8, ls=style)
-        axes.annotate(name, (0.9, level), color="0.4", va="bottom", fontsize=8)
+        right = (1.01, level)  # outside, where no run can lie
+        axes.annotate(name, right, xycoords=axes.get_yaxis_transform(), va="center", fontsize=8)
     axes.axvline(LIMITS[1].threshold, color="0.3", lw=0.8)
-    axes.annotate(" our limit", (LIMITS[1].threshold, axes.get_ylim()[1]), va="top", fontsize=8)
+    top = (LIMITS[1].threshold, 0.98)
+    across = axes.get_xaxis_transform()
+    axes.annotate("our limit ", top, xycoords=across, ha="right", va="top", fontsize=8)
     axes.set_xlabel("harm rate on 400 evaluation prompts, by the cost model")
     axes.set_ylabel("true reward")
     axes.set_title("One point per run; filled: the safety test passed", fontsize=10)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(0.2, 0.98))
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
 
 

@@ -65,8 +65,8 @@ class Learner(ABC):
     ) -> Targets:
         """Advantages and returns; scores (S, B) are the reward, then the pessimistic costs.
 
-        Both are in units of a standard deviation that no single rollout decides: the reward in that
-        of its model's moments, a cost in the running one of its constraint.
+        Both are in units of a standard deviation that is not this rollout's: the reward in that of
+        its scorer's moments, a cost in the running one of its constraint.
         """
 
     @abstractmethod

@@ -180,7 +180,7 @@ class PPO(ClippedPolicy):
             their stream's scores (standard deviations).
         gae_lambda: λ of generalised advantage estimation; the discount is 1.
         value_coefficient: weight of the critics' loss. Shared critics write into the states that
-            the policy reads: in the demo 0.1 took it further from its reference for no reward.
+            the policy reads, and too much of it costs the policy.
         target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this.
 
     Raises:
