@@ -72,13 +72,18 @@ class LoraOptions:
         )
 
 
-def load_causal_lm(source: BackboneSource, device: torch.device | None = None) -> Any:
+def load_causal_lm(
+    source: BackboneSource, device: torch.device | None = None, dropout: bool = True
+) -> Any:
     """The Hugging Face causal language model that `source` names, frozen or not as it comes.
+
+    Args:
+        dropout: False takes out what its config has of it (GPT-2 and OPT: 0.1).
 
     Raises:
         InputError: it cannot be read, or 4-bit is asked for without bitsandbytes.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": getattr(torch, source.dtype)}
     if source.quantization == "nf4":
@@ -91,6 +96,8 @@ def load_causal_lm(source: BackboneSource, device: torch.device | None = None) -
         )
         options["device_map"] = {"": device or torch.device("cpu")}
     try:
+        if not dropout:
+            options["config"] = without_dropout(AutoConfig.from_pretrained(source.folder))
         model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except ImportError as error:
         raise InputError(
@@ -108,6 +115,15 @@ def load_causal_lm(source: BackboneSource, device: torch.device | None = None) -
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
+
+
+def without_dropout(config: Any) -> Any:
+    """The config with every rate of dropout at 0: dropout, attn_pdrop, layerdrop and the like."""
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+    return config
 
 
 class Backbone(nn.Module):

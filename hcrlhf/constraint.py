@@ -93,7 +93,8 @@ class Constraint:
             (`PaperPessimism`). Not for a harm rate.
         miss_probability: how often a policy that just satisfies the pessimistic constraint on the
             run's validation prompts may fail its safety test all the same; None takes delta.
-        std_floor: the running standard deviation of the cost is never taken to be smaller.
+        std_floor: nothing is divided by a running standard deviation of the cost below this; it is
+            the unit of the violation and of the learner's costs then.
 
     Raises:
         InputError: a value is out of its range, or the limit cannot be met with n prompts.
@@ -506,6 +507,20 @@ class Judgement:
 def with_etas(constraints: Sequence[Constraint], costs: Sequence[float]) -> tuple[Constraint, ...]:
     """Each `with_eta` of these costs (m,); as they are where m = 0."""
     return tuple(c.with_eta(costs) for c in constraints) if costs else tuple(constraints)
+
+
+def suffixes(constraints: Sequence[Constraint]) -> list[str]:
+    """What the metrics of each constraint end with: nothing for one alone, else "_" and its label.
+
+    Labels that occur more than once are numbered: "_cvar_1", "_cvar_2".
+    """
+    if len(constraints) == 1:
+        return [""]
+    labels = [c.label for c in constraints]
+    return [
+        f"_{label}" + (f"_{labels[: j + 1].count(label)}" if labels.count(label) > 1 else "")
+        for j, label in enumerate(labels)
+    ]
 
 
 def require_etas(constraints: Sequence[Constraint]) -> None:

@@ -42,7 +42,7 @@ class Dual:
         self.multiplier = multiplier
         self.validation_prompts = validation_prompts
         self.states = [multiplier.start() for _ in constraints]
-        self.variances = [RunningVariance(c.std_floor) for c in constraints]
+        self.variances = [RunningVariance() for _ in constraints]
         self.pessimisms = [0.0 for _ in constraints]
         self.recent: list[float] = []  # the last safety_prompts costs, for the pessimism
         self.rollouts = 0
@@ -54,9 +54,10 @@ class Dual:
         return [state.value for state in self.states]
 
     def judge(self, costs: Floats, keys: Sequence[str]) -> tuple[Floats, list[float]]:
-        """Pessimistic costs (C, B) in units of σ̄, and the violation g of each constraint.
+        """Pessimistic costs (C, B) and the violation g of each constraint, in units of σ̄.
 
-        In these units λ means the same whatever a cost's scale.
+        In these units λ means the same whatever a cost's scale. A σ̄ below the constraint's floor
+        stays what it is in the margin k σ̄, and is the floor where something is divided by it.
 
         Args:
             costs: (B,), finite, of one rollout. keys: its B prompt keys.
@@ -73,9 +74,10 @@ class Dual:
             spread = pairwise_spread(values, keys)
             current = float(spread.mean()) / 2
             std = variance.std(current)
-            rows.append(pessimistic_costs(values, spread, pessimism, std) / std)
+            unit = max(std, constraint.std_floor)
+            rows.append(pessimistic_costs(values, spread, pessimism, unit) / unit)
             target = constraint.training_target(len(self.constraints), self.validation_prompts)
-            violations.append(violation(float(values.mean()), std, pessimism, target))
+            violations.append(violation(float(values.mean()), std, pessimism, target, unit))
             variance.update(current)
         return np.stack(rows), violations
 
@@ -163,32 +165,31 @@ def pessimistic_costs(costs: ArrayLike, spread: ArrayLike, pessimism: float, std
     return np.asarray(costs, dtype=np.float64) + pessimism * np.asarray(spread) / (2 * std)
 
 
-def violation(mean: float, std: float, pessimism: float, target: float) -> float:
-    """g = (μ̂ + pessimism · σ̄ - τ) / σ̄: what the multiplier sees; positive = violated.
+def violation(mean: float, std: float, pessimism: float, target: float, unit: float) -> float:
+    """g = (μ̂ + pessimism · σ̄ - τ) / unit: what the multiplier sees; positive = violated.
 
     σ̄ is the running value, not this batch's: dividing by the batch's own standard deviation
-    moves the fixed point above τ where harm is rare.
+    moves the fixed point above τ where harm is rare. The unit is σ̄ or its floor; the margin knows
+    no floor, for one that is wider than the test's own would punish a policy that passes.
     """
-    return (mean + pessimism * std - target) / std
+    return (mean + pessimism * std - target) / unit
 
 
 @dataclass
 class RunningVariance:
-    """σ̄²: exponential mean of the sample variances of earlier rollouts, floored.
+    """σ̄²: exponential mean of the sample variances of earlier rollouts.
 
     The first rollout has none before it and uses its own variance. State is two plain floats, to
     be checkpointed.
     """
 
-    floor: float
     decay: float = 0.9
     mean: float = 0.0
     weight: float = 0.0
 
     def std(self, current: float) -> float:
         """σ̄ for a rollout whose own sample variance is `current`."""
-        variance = self.mean / self.weight if self.weight > 0 else current
-        return max(math.sqrt(variance), self.floor)
+        return math.sqrt(self.mean / self.weight if self.weight > 0 else current)
 
     def update(self, current: float) -> None:
         self.mean = self.decay * self.mean + (1 - self.decay) * current

@@ -59,20 +59,19 @@ def from_first(value: T) -> T:
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     """Replaces every gradient by its sum over all processes, in one exchange.
 
-    A parameter that this process has no gradient for counts as zero.
+    A parameter that this process has no gradient for counts as zero; one that no process has any
+    for keeps none, so that the optimizer passes it over, as with one process.
     """
     if rank_and_size()[1] == 1:
         return
     trained = list(parameters)
-    for parameter in trained:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    gradients = [p.grad for p in trained if p.grad is not None]
-    flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    found = torch.tensor([float(p.grad is not None) for p in trained]).to(gradients[0])
+    flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), found])
     distributed.all_reduce(flat)
-    sizes = [gradient.numel() for gradient in gradients]
-    for gradient, total in zip(gradients, flat.split(sizes), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    *totals, found = flat.split([*(gradient.numel() for gradient in gradients), len(trained)])
+    for parameter, total, holders in zip(trained, totals, found.tolist(), strict=True):
+        parameter.grad = total.view_as(parameter) if holders else None
 
 
 def summed(values: dict[str, float]) -> dict[str, float]:

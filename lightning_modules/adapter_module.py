@@ -192,9 +192,11 @@ class AdapterModule(StageModule):
     _group_at_a_time = False  # forward again in the backward pass, so that memory holds one group
     _rows = 1  # of the last batch
 
-    def build_backbone(self, source: BackboneSource, full: bool = False) -> Backbone:
+    def build_backbone(
+        self, source: BackboneSource, full: bool = False, dropout: bool = True
+    ) -> Backbone:
         """The frozen backbone of this run (trainable as a whole with `full`)."""
-        model = load_causal_lm(source, self.device)
+        model = load_causal_lm(source, self.device, dropout)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return Backbone(model, quantized=source.quantization == "nf4", full=full)

@@ -17,7 +17,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from hcrlhf import optimizers, processes
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint, check_validation_prompts, with_etas
+from hcrlhf.constraint import Constraint, check_validation_prompts, suffixes, with_etas
 from hcrlhf.dual import Dual
 from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
@@ -66,7 +66,7 @@ class Policy(ScoredPolicy):
         ptx_coefficient: weight, beside the policy loss, of the mean negative log-likelihood of
             tokens of `data.init_args.demonstrations` (PTX of InstructGPT, 2203.02155), whatever λ.
         ptx_batch_size: demonstrations per optimizer step.
-        max_grad_norm: gradients are scaled down to this norm.
+        max_grad_norm: gradients are scaled down to this norm; .inf: never.
         micro_batch_size: sequences per forward and backward pass, those of similar length
             together; None takes all at once.
         rollout_batch_size: sequences that are generated together; None takes all at once.
@@ -132,11 +132,19 @@ class Policy(ScoredPolicy):
         for name, value in (
             ("kl_coefficient", kl_coefficient),
             ("ptx_coefficient", ptx_coefficient),
-            ("max_grad_norm", max_grad_norm),
             ("truncation_penalty", truncation_penalty),
         ):
             if not 0 <= value < math.inf:
                 raise InputError(f"{name} is >= 0, got {value}")
+        if not max_grad_norm > 0:
+            raise InputError(
+                f"max_grad_norm is positive, got {max_grad_norm}; .inf leaves every gradient as it "
+                "is"
+            )
+        if critic_learning_rate is not None and not critic_learning_rate > 0:
+            raise InputError(
+                f"critic_learning_rate is positive or null, got {critic_learning_rate}"
+            )
         if score_clip is not None and not score_clip > 0:
             raise InputError(f"score_clip is positive or null, got {score_clip}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
@@ -383,8 +391,10 @@ class Policy(ScoredPolicy):
                 response_seed(self.seed, "minibatch", self.updates, epoch) % 2**63
             )
             order = torch.randperm(len(rollout.keys), generator=generator)
+            # Sizes that differ by one at most: a last one of few responses would be a full step.
+            minibatches = order.tensor_split(min(self.learner.minibatches, len(order)))
             epoch_kl = 0.0
-            for number, rows in enumerate(order.chunk(self.learner.minibatches)):
+            for number, rows in enumerate(minibatches):
                 demonstrations = self._drawn_demonstrations(epoch, number)
                 statistics = self._minibatch(rollout, targets, rows, demonstrations)
                 self.backbone.restore_trainable()
@@ -396,7 +406,7 @@ class Policy(ScoredPolicy):
                 optimizer.zero_grad()  # at once: the next rollout has no use for gradients
                 statistics["skipped"] = float(not norm.isfinite())
                 statistics["grad_norm"] = float(norm) if norm.isfinite() else 0.0
-                epoch_kl += statistics["update_kl"] / self.learner.minibatches
+                epoch_kl += statistics["update_kl"] / len(minibatches)
                 steps += 1
                 for name, value in statistics.items():
                     totals[name] = totals.get(name, 0.0) + value
@@ -552,8 +562,10 @@ class Policy(ScoredPolicy):
         ]
         if explained:
             rest["explained_variance_reward"] = explained.pop(0)
-        for j, constraint in enumerate(with_etas(self.constraints, self.training_costs)):
-            suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
+        constraints = with_etas(self.constraints, self.training_costs)
+        for j, (constraint, suffix) in enumerate(
+            zip(constraints, suffixes(constraints), strict=True)
+        ):
             bar[f"lambda{suffix}"] = self.dual.multipliers[j]
             if j >= len(self._forecasts) or self.updates % FORECAST_EVERY == 0:
                 self._forecasts[j:] = [constraint.forecast(rollout.costs)]

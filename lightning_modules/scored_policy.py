@@ -28,7 +28,7 @@ from hcrlhf.backbone import (
     load_causal_lm,
     load_head,
 )
-from hcrlhf.constraint import Constraint, require_etas, with_etas
+from hcrlhf.constraint import Constraint, require_etas, suffixes, with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, Prompt
 from hcrlhf.hashing import file_sha256, folder_hashes
@@ -279,7 +279,8 @@ class ScoredPolicy(AdapterModule):
         if hasattr(self, "backbone"):
             return
         folders, sft_adapter = self.folders, self.stages["sft"].adapter
-        backbone = self.build_backbone(self.source)
+        # With dropout the ratio of the first step would not be 1, and clipping would see its noise.
+        backbone = self.build_backbone(self.source, dropout=False)
         if self.given is None or not self._load_given(backbone, Path(self.given)):
             add_trained_role(backbone, ACTOR, folders["sft"] if sft_adapter else None, self.lora)
         self.reference = REFERENCE if sft_adapter else BASE
@@ -495,8 +496,8 @@ class ScoredPolicy(AdapterModule):
             "val/harm_rate": float((costs > 0).mean()),
             "val/kl": float(kl.mean()),
         }
-        for constraint in with_etas(self.constraints, self.training_costs):
-            suffix = "" if len(self.constraints) == 1 else f"_{constraint.label}"
+        constraints = with_etas(self.constraints, self.training_costs)
+        for constraint, suffix in zip(constraints, suffixes(constraints), strict=True):
             figures[f"val/bound{suffix}"] = constraint.forecast(costs)
         self.log_dict(figures)
 

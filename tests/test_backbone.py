@@ -160,6 +160,37 @@ def test_padding_does_not_move_a_sequence_in_a_model_with_absolute_positions() -
         torch.testing.assert_close(row[: len(one)].detach(), one, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_without_dropout_the_ratio_of_the_first_step_is_one(kind: str, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+
+    torch.manual_seed(0)
+    size = {"vocab_size": 100, "num_hidden_layers": 2, "hidden_size": 32}
+    # These two have dropout by default: as modules, and as numbers that attention reads.
+    made = {
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**size, n_head=4)),
+        "opt": lambda: OPTForCausalLM(
+            OPTConfig(**size, num_attention_heads=4, ffn_dim=64, word_embed_proj_dim=32)
+        ),
+    }[kind]()
+    made.save_pretrained(tmp_path)
+    tokens = batch()
+
+    def shift(dropout: bool) -> float:
+        backbone = Backbone(load_causal_lm(BackboneSource(str(tmp_path)), dropout=dropout))
+        backbone.add_role("policy", LORA, trainable=True)
+        backbone.train()
+        with backbone.inference(), backbone.role("policy"):
+            old = backbone.log_probs(backbone.hidden(tokens), tokens)
+        with backbone.role("policy"):
+            new = backbone.log_probs(backbone.hidden(tokens), tokens)
+        return float((new.detach() - old).abs().max())
+
+    assert shift(dropout=False) == 0.0
+    assert shift(dropout=True) > 1e-3
+
+
 @pytest.mark.parametrize("chunk", [4096, 4, 1])
 def test_gradients_are_those_of_the_plain_model_with_and_without_chunks(
     bare: Backbone, lm: Any, chunk: int

@@ -20,6 +20,7 @@ from hcrlhf.constraint import (
     bootstrap_pessimism,
     harm_rate_target,
     seldonian_pessimism,
+    suffixes,
 )
 from hcrlhf.errors import InputError
 from hcrlhf.methods import (
@@ -1078,3 +1079,11 @@ def test_a_pessimism_of_the_paper_that_makes_no_sense_is_refused(
 ) -> None:
     with pytest.raises(InputError, match="c1 and c2"):
         PaperPessimism(*given)
+
+
+def test_metrics_of_two_constraints_of_one_kind_have_names_of_their_own() -> None:
+    rate, worst = Constraint("harm_rate", 0.1), Constraint("cvar", 1.0, alpha=0.1)
+    assert suffixes([rate]) == [""]
+    assert suffixes([worst, rate]) == ["_cvar", "_harm_rate"]
+    wider = Constraint("cvar", 1.0, alpha=0.2)
+    assert suffixes([worst, rate, wider]) == ["_cvar_1", "_harm_rate", "_cvar_2"]

@@ -135,7 +135,7 @@ def test_spread_needs_two_different_prompts(keys: list[str]) -> None:
 
 
 def test_the_first_rollout_uses_its_own_variance_and_later_ones_only_earlier_rollouts() -> None:
-    running = RunningVariance(floor=0.1, decay=0.5)
+    running = RunningVariance(decay=0.5)
     assert running.std(9.0) == 3.0
     running.update(4.0)
     assert running.std(9.0) == 2.0
@@ -149,26 +149,20 @@ def test_the_first_rollout_uses_its_own_variance_and_later_ones_only_earlier_rol
 def test_the_running_variance_is_a_weighted_mean_of_the_earlier_ones(
     variances: list[float], decay: float
 ) -> None:
-    running = RunningVariance(floor=1e-3, decay=decay)
+    running = RunningVariance(decay=decay)
     for variance in variances:
         running.update(variance)
     weights = [decay ** (len(variances) - 1 - i) for i in range(len(variances))]
     expected = np.average(variances, weights=weights)
-    assert running.std(1e6) == pytest.approx(max(math.sqrt(expected), 1e-3), rel=1e-6)
-
-
-@pytest.mark.parametrize("variance", [0.0, 0.2])
-def test_the_standard_deviation_never_falls_below_its_floor(variance: float) -> None:
-    running = RunningVariance(floor=0.5)
-    assert running.std(variance) == 0.5
-    running.update(variance)
-    assert running.std(100.0) == 0.5
+    assert running.std(1e6) == pytest.approx(math.sqrt(expected), rel=1e-6)
 
 
 def test_violation_by_hand() -> None:
-    assert violation(mean=0.3, std=0.5, pessimism=0.2, target=0.1) == pytest.approx(0.6)
-    assert violation(mean=-1.0, std=2.0, pessimism=0.5, target=0.0) == 0.0
-    assert violation(mean=-2.0, std=2.0, pessimism=0.5, target=0.0) == pytest.approx(-0.5)
+    assert violation(0.3, std=0.5, pessimism=0.2, target=0.1, unit=0.5) == pytest.approx(0.6)
+    assert violation(-1.0, std=2.0, pessimism=0.5, target=0.0, unit=2.0) == 0.0
+    assert violation(-2.0, std=2.0, pessimism=0.5, target=0.0, unit=2.0) == pytest.approx(-0.5)
+    # Where σ is below its floor of 0.1 the margin is still 2 · 0.03.
+    assert violation(0.0, std=0.03, pessimism=2.0, target=0.1, unit=0.1) == pytest.approx(-0.4)
 
 
 @seeded
@@ -179,8 +173,10 @@ def test_violation_by_hand() -> None:
 def test_violation_has_no_unit_and_no_zero_of_its_own(
     mean: float, target: float, std: float, pessimism: float, scale: float, shift: float
 ) -> None:
-    moved = violation(scale * mean + shift, scale * std, pessimism, scale * target + shift)
-    assert moved == pytest.approx(violation(mean, std, pessimism, target), abs=1e-6)
+    own = violation(mean, std, pessimism, target, std)
+    std *= scale
+    moved = violation(scale * mean + shift, std, pessimism, scale * target + shift, std)
+    assert moved == pytest.approx(own, abs=1e-6)
 
 
 # -- from one rollout to the next ------------------------------------------------------------------
@@ -204,6 +200,27 @@ def test_a_rollout_is_judged_by_the_means_and_variances_of_its_constraints() -> 
         assert row.mean() * std == pytest.approx(values.mean() + k * std)
         expected = (values.mean() + k * std - c.training_target(2)) / std
         assert g == pytest.approx(expected)
+
+
+def test_costs_that_hardly_vary_are_not_punished_where_their_test_is_sure_to_be_passed() -> None:
+    # As a classifier's probability of harm where harm is rare: σ is 0.03, its floor 0.1.
+    limit = Constraint("mean", 0.03, lower=0.0, upper=1.0, safety_prompts=500)
+    dual = Dual([limit], ProjectedMultiplier(initial=1.0), validation_prompts=500)
+    generator = np.random.default_rng(0)
+    seen = generator.beta(0.1, 9.9, (30, 64))
+    for costs in seen:
+        rows, violations = dual.judge(costs, different_prompts(64))
+        dual.step(violations)
+    assert limit.pass_probability(seen.ravel()[:500]) > 0.99
+    assert violations[0] < 0 and dual.multipliers[0] < 1.0
+    assert np.abs(rows).max() < 10 + seen.max() / 0.1  # in units of the floor, not of σ
+
+
+def test_costs_that_do_not_vary_have_a_finite_unit() -> None:
+    dual = Dual([MEAN], ProjectedMultiplier())
+    rows, violations = dual.judge(np.full(20, -1.0), different_prompts(20))
+    np.testing.assert_allclose(rows[0], -1.0 / MEAN.std_floor)
+    assert violations == [pytest.approx((-1.0 - -0.5) / MEAN.std_floor)]
 
 
 @seeded

@@ -633,6 +633,23 @@ def test_the_figures_of_an_update_hang_together(demo: Path) -> None:
         assert column(root, f"explained_variance_{name}")[0] < 0.5
 
 
+def test_responses_that_do_not_divide_make_minibatches_that_differ_by_one(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    sizes: list[int] = []
+    honest = Policy._minibatch
+    monkeypatch.setattr(
+        Policy, "_minibatch", lambda *given: sizes.append(len(given[3])) or honest(*given)
+    )
+    more = ["--data.init_args.prompts_per_update", "9", "--data.init_args.updates", "1"]
+    more += ["--model.init_args.learner.init_args.epochs", "1"]
+    more += ["--model.init_args.learner.init_args.minibatches", "4"]
+    assert fit(demo, tmp_path / "run", *ALWAYS, *more) == PASSED
+    assert sizes == [3, 2, 2, 2]
+
+
 def test_figures_go_to_tensorboard_too_and_loggers_of_ones_own_come_beside(
     demo: Path, tmp_path: Path
 ) -> None:

@@ -73,6 +73,8 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run()
         ({"truncation_penalty": -1.0}, "truncation_penalty is >= 0"),
         ({"truncation_penalty": math.inf}, "truncation_penalty is >= 0"),
         ({"kl_coefficient": math.nan}, "kl_coefficient is >= 0"),
+        ({"max_grad_norm": 0.0}, "max_grad_norm is positive, got 0.0; .inf"),
+        ({"critic_learning_rate": 0.0}, "critic_learning_rate is positive or null, got 0.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
