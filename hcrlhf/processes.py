@@ -70,8 +70,10 @@ def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     flat = torch.cat([*(gradient.reshape(-1) for gradient in gradients), found])
     distributed.all_reduce(flat)
     *totals, found = flat.split([*(gradient.numel() for gradient in gradients), len(trained)])
-    for parameter, total, holders in zip(trained, totals, found.tolist(), strict=True):
-        parameter.grad = total.view_as(parameter) if holders else None
+    for parameter, gradient, total, holders in zip(
+        trained, gradients, totals, found.tolist(), strict=True
+    ):
+        parameter.grad = gradient.copy_(total.view_as(gradient)) if holders else None
 
 
 def summed(values: dict[str, float]) -> dict[str, float]:
