@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from hcrlhf.errors import InputError
 PASSED, CRASHED, BAD_INPUT, NO_SOLUTION, NOT_TESTED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 PLAIN_COMMANDS = ("certify", "verify", "power", "unseal", "ledger", "human")  # without torch
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+SHOWS = re.compile(r"-h$|--([\w.]+\.)?help|--print_config|--version")  # and runs nothing
 
 USAGE = """usage: hcrlhf COMMAND ...
 
@@ -73,7 +75,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as end:  # argparse leaves by this door, and Lightning after Ctrl-C
         if isinstance(end.__context__, KeyboardInterrupt):
             return INTERRUPTED
-        return end.code if isinstance(end.code, int) else (CRASHED if end.code else PASSED)
+        code = end.code if isinstance(end.code, int) else (CRASHED if end.code else PASSED)
+        # Of a run PASSED means a verdict, which code of the user's that leaves has not given.
+        left = arguments[0] in TRAINER_COMMANDS and not any(map(SHOWS.match, arguments))
+        return CRASHED if left and code == PASSED else code
 
 
 def _run(arguments: list[str]) -> int:

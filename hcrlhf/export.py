@@ -13,7 +13,7 @@ import torch
 
 from hcrlhf.backbone import ADAPTER_FILE, load_causal_lm
 from hcrlhf.errors import InputError
-from hcrlhf.stages import BackboneSource, fingerprint, read_stage
+from hcrlhf.stages import PROMPTS_FILE, BackboneSource, fingerprint, read_stage
 from hcrlhf.text import load_tokenizer
 
 
@@ -45,7 +45,8 @@ def merge(policy: Path, folder: Path, dtype: str = "bfloat16") -> str:
     merged = PeftModel.from_pretrained(model, str(policy)).merge_and_unload()
     merged.to(getattr(torch, dtype)).save_pretrained(str(folder))
     load_tokenizer(str(policy)).save_pretrained(str(folder))
-    shutil.copy(policy / "generation_config.json", folder)
+    for file in ("generation_config.json", PROMPTS_FILE):
+        shutil.copy(policy / file, folder)
     base = "its base is not 4-bit, and " if source.quantization != "none" else ""
     return (
         f"wrote {folder}: {dtype} weights, no adapter. This is not the policy that was tested "

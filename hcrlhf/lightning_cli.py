@@ -224,10 +224,16 @@ class CLI(LightningCLI):
         run = resume.describe(json.loads(text)[command])
         self.save_config_kwargs = {"run": run}
         given = config.get("ckpt_path")
-        policy = config.model.get("init_args", {}).get("policy")
+        options = config.model.get("init_args", {})
+        policy = options.get("policy")
         if given is not None and policy is not None:
             raise InputError(
                 f"--policy {policy} and --ckpt_path {given} are two policies; give one"
+            )
+        if command == "test" and "policy" in options and given is policy is None:
+            raise InputError(
+                "test without a policy would spend δ on one that was never trained; give "
+                "--ckpt_path or --policy FOLDER"
             )
         checkpoint = resume.find(given, folder, command)
         # A file also for "last", so that the two behave alike.

@@ -140,7 +140,7 @@ class Scorer(ABC):
             scores = self.scores(prompts, responses)
         except InputError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # its exit would be taken for ours, and 0 for PASS
             raise RuntimeError(
                 f"{self.name} raised {type(error).__name__}: {one_line(error)}"
             ) from error
@@ -306,7 +306,7 @@ def imported(path: str) -> Callable[..., Any]:
         raise InputError(f"function: expected package.module.f, got {path!r}")
     try:
         found: Callable[..., Any] = getattr(importlib.import_module(module), name)
-    except Exception as error:  # the module's own code runs, and may raise anything
+    except (Exception, SystemExit) as error:  # its own code runs, and may raise anything
         raise InputError(
             f"function: {path} cannot be imported ({type(error).__name__}: {one_line(error)}); "
             "its folder must be on PYTHONPATH, or be where python -m hcrlhf is started"

@@ -240,9 +240,22 @@ def _resolve(folder: str, model: str) -> str:
 
 
 def read_prompt_keys(folder: str) -> frozenset[str]:
-    """Keys (first 32 hex digits) of the prompts that the stage in `folder` was trained on."""
+    """Keys (first 32 hex digits) of the prompts that the stage in `folder` was trained on.
+
+    None where the folder is no stage.
+
+    Raises:
+        InputError: a stage without its list, which would read as one that saw no prompt.
+    """
     path = Path(folder) / PROMPTS_FILE
-    return frozenset(path.read_text().split()) if path.is_file() else frozenset()
+    if path.is_file():
+        return frozenset(path.read_text().split())
+    if (Path(folder) / FILE).is_file():
+        raise InputError(
+            f"{folder} has no {PROMPTS_FILE}, by which a safety test knows what the stage was "
+            "trained on; copy the folder whole, or train the stage again"
+        )
+    return frozenset()
 
 
 def require_same_base(stages: Mapping[str, Stage]) -> Stage:

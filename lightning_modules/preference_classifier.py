@@ -15,6 +15,7 @@ from hcrlhf.stages import (
     ClassifierStage,
     fingerprint,
     read_classifier_stage,
+    read_prompt_keys,
     write_classifier_stage,
 )
 from lightning_modules.adapter_module import Schedule
@@ -135,7 +136,7 @@ class PreferenceClassifier(PairModule):
             max_tokens=self.classifier.max_tokens,
             **measured,
         )
-        write_classifier_stage(folder, stage, self._seen_keys)
+        write_classifier_stage(folder, stage, self._seen_keys | read_prompt_keys(self.source))
 
     def _compare_with_disk(self) -> None:
         if self._probe is None:

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from hcrlhf.phases import Phases
 from hcrlhf.preferences import squash_range, squashed
 from hcrlhf.release import complete, require_same_answers
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, sample
-from hcrlhf.safety import CostSamples
+from hcrlhf.safety import CostSamples, HoldsSafetyPrompts
 from hcrlhf.samples import Floats
 from hcrlhf.scorers import Scorer, Slot
 from hcrlhf.stages import FILE as STAGE_FILE
@@ -585,7 +585,8 @@ class ScoredPolicy(AdapterModule):
             adapter=True,
             metrics={},
         )
-        write_stage(folder, stage, self.training_prompt_keys())
+        data = cast(HoldsSafetyPrompts, cast(Any, self.trainer).datamodule)
+        write_stage(folder, stage, self.training_prompt_keys() | data.training_keys)
 
     def provenance(self) -> dict[str, Any]:
         return {

@@ -12,7 +12,7 @@ from hcrlhf import optimizers
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, Prompt
-from hcrlhf.stages import BackboneSource, Stage, fingerprint, write_stage
+from hcrlhf.stages import BackboneSource, Stage, fingerprint, read_prompt_keys, write_stage
 from hcrlhf.text import ChatFormat, Encoded, TextEncoder, Tokens, collate, load_tokenizer
 from lightning_modules.adapter_module import AdapterModule, Schedule, check_size
 
@@ -145,4 +145,4 @@ class Supervised(AdapterModule):
             chat=self.chat,
             metrics={"loss": float(loss)},
         )
-        write_stage(folder, stage, self._seen_keys)
+        write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.source.folder))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from lightning import LightningModule
 
-from hcrlhf.cli import CRASHED, main
+from hcrlhf.cli import CRASHED, PASSED, main
 from hcrlhf.errors import InputError
 from hcrlhf.lightning_cli import short_error
 from lightning_modules import Policy, Preference, PreferenceClassifier, Supervised
@@ -194,3 +194,11 @@ def test_a_reader_that_has_gone_gets_no_traceback() -> None:
     process = subprocess.run([*command, *ends], stdout=writer, stderr=subprocess.PIPE, check=False)
     os.close(writer)
     assert (process.returncode, process.stderr) == (CRASHED, b"")
+
+
+def test_code_that_leaves_with_zero_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hcrlhf import cli
+
+    monkeypatch.setattr(cli, "run_trainer", lambda arguments: sys.exit(0))
+    assert main(["fit", "--config", "run.yaml"]) == CRASHED
+    assert main(["fit", "--print_config"]) == main(["fit", "--model.help", "Policy"]) == PASSED

@@ -362,11 +362,12 @@ def test_an_eta_that_no_training_gave_is_refused_before_a_test_is_opened(
 ) -> None:
     limit = f"--model.init_args.constraints={json.dumps([{**TAIL, 'threshold': 3.5}])}"
     root = tmp_path / "run"
-    assert main(["test", *policy_arguments(demo, root, *SMALL, limit)]) == 2
+    given = ["--policy", str(demo / "policy" / "policy"), "--trainer.callbacks"]
+    test = ["callbacks.SafetyTest", *policy_arguments(demo, root, *SMALL, limit)]
+    assert main(["test", *given, *test]) == 2
     assert "and there was none; give eta as a number" in capsys.readouterr().err
     assert not (root.parent / "ledger.jsonl").exists() and not (root / "plan.json").exists()
     # Its answers need no limit at all.
-    given = ["--policy", str(demo / "policy" / "policy"), "--trainer.callbacks"]
     arguments = policy_arguments(demo, tmp_path / "answers", *SMALL, limit)
     assert main(["predict", *arguments, *given, "callbacks.Completions"]) == PASSED
 
@@ -1312,6 +1313,30 @@ def test_while_critics_warm_up_the_policy_and_lambda_stay(
 
 def outcome_of(demo: Path, policy: Path, root: Path, *more: str) -> int:
     return main(["test", "--policy", str(policy), *policy_arguments(demo, root, *ALWAYS, *more)])
+
+
+def test_a_policy_that_was_never_trained_is_not_tested(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS)]) == 2
+    assert "give --ckpt_path or --policy FOLDER" in capsys.readouterr().err
+    assert not (root.parent / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_a_policy_is_not_tested_on_prompts_that_it_was_trained_on(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    policy, prompts = demo / "policy" / "policy", demo / "world" / "prompts"
+    if kind == "merged":
+        assert main(["export", str(policy), str(tmp_path / "merged")]) == PASSED
+        policy = tmp_path / "merged"
+    more = ["--data.init_args.train", str(prompts / "evaluation.jsonl")]
+    more += ["--data.init_args.evaluation", "null"]
+    more += ["--data.init_args.safety", str(prompts / "train.jsonl")]
+    assert outcome_of(demo, policy, tmp_path / "run", *more) == 2
+    assert "earlier stages'" in capsys.readouterr().err
 
 
 def test_a_released_adapter_is_tested_again_and_shipped_as_it_is(

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -65,6 +66,10 @@ def nan(prompts: list[Any], responses: list[str]) -> list[float]:
     return [math.nan] * len(responses)
 
 
+def leaving(prompts: Any, responses: Any) -> Any:
+    sys.exit(0)
+
+
 def raising(prompts: list[Any], responses: list[str]) -> list[float]:
     raise KeyError("no such\nword")
 
@@ -99,6 +104,7 @@ NOT_A_FUNCTION = 3
         ("nothing", "nothing did not give numbers"),
         ("nan", r"nan gave \[nan, nan\] for two short responses; expected finite numbers"),
         ("raising", rf"cost: {HERE}.raising raised KeyError: 'no such.*word'$"),
+        ("leaving", rf"cost: {HERE}.leaving raised SystemExit: 0$"),
     ],
 )
 def test_a_function_that_does_not_score_is_refused_before_training(name: str, message: str) -> None:

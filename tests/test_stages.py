@@ -305,6 +305,13 @@ def test_a_folder_without_training_prompts_has_none(run: Path) -> None:
     assert read_prompt_keys(str(run / "cost")) == frozenset()
 
 
+def test_a_stage_that_lost_its_training_prompts_is_refused(run: Path) -> None:
+    write_stage(run / "cost", COST, KEYS)
+    (run / "cost/training_prompts.txt").unlink()
+    with pytest.raises(InputError, match="cost has no training_prompts.txt"):
+        read_prompt_keys(str(run / "cost"))
+
+
 # -- models of the hub -----------------------------------------------------------------------------
 
 
