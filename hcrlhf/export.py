@@ -13,7 +13,7 @@ import torch
 
 from hcrlhf.backbone import ADAPTER_FILE, load_causal_lm
 from hcrlhf.errors import InputError
-from hcrlhf.stages import PROMPTS_FILE, BackboneSource, fingerprint, read_stage
+from hcrlhf.stages import PROMPTS_FILE, BackboneSource, fingerprint, read_prompt_keys, read_stage
 from hcrlhf.text import load_tokenizer
 
 
@@ -36,6 +36,7 @@ def merge(policy: Path, folder: Path, dtype: str = "bfloat16") -> str:
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder} is not empty; give a new folder")
     stage = read_stage(str(policy), "policy", "policy")
+    read_prompt_keys(str(policy))  # refuses now what would be missing after the merge
     source = stage.backbone
     if fingerprint(source.folder) != stage.fingerprint:
         raise InputError(

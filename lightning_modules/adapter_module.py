@@ -72,6 +72,7 @@ class StageModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.optimizer = optimizer
         self._rates: list[float] = []  # of each parameter group, as the config says
+        self._unfinished: Role | None = None  # the stage that this run folder does not hold yet
         self._rng: dict[str, Any] | None = None  # of the checkpoint that the fit goes on from
 
     @property
@@ -104,22 +105,38 @@ class StageModule(LightningModule):
     ) -> bool:
         """Whether to start from this run folder's finished stage: for every command but fit.
 
-        Raises:
-            InputError: there is neither a finished stage nor a checkpoint, so that an untrained
-                model would be measured.
+        Where there is none, a checkpoint has to bring the weights: `_require_weights`.
         """
         if command == "fit":
             return False
         if (self.run_folder / STAGE_FILE).is_file():
             read(str(self.run_folder), role, "trainer.default_root_dir")
             return True
-        if self.trainer.ckpt_path is None:
+        self._unfinished = role
+        return False
+
+    # `trainer.ckpt_path` is None until a checkpoint is read, which is after setup.
+    def on_validation_start(self) -> None:
+        self._require_weights()
+
+    def on_test_start(self) -> None:
+        self._require_weights()
+
+    def on_predict_start(self) -> None:
+        self._require_weights()
+
+    def _require_weights(self) -> None:
+        """
+        Raises:
+            InputError: there is neither a finished stage nor a checkpoint, so that an untrained
+                model would be measured.
+        """
+        if self._unfinished is not None and self.trainer.ckpt_path is None:
             raise InputError(
-                f"{self.run_folder} holds no finished {role} stage and no --ckpt_path is given, so "
-                f"there is nothing to {command}; name the folder of a finished stage in "
+                f"{self.run_folder} holds no finished {self._unfinished} stage and no --ckpt_path "
+                "is given, so there is nothing to measure; name the folder of a finished stage in "
                 "trainer.default_root_dir"
             )
-        return False
 
     def trained(self) -> Iterator[torch.nn.Parameter]:
         """What the optimizer changes."""

@@ -177,8 +177,8 @@ class ScoredPolicy(AdapterModule):
                 f"policy: {self.given} is a finished policy, to be tested and not trained; remove "
                 "it, or use hcrlhf test"
             )
-        # The gate would refuse it too, but after the candidate check.
-        if stage == "test" and (self.given is not None or self.trainer.ckpt_path is None):
+        # The gate would refuse it too, but after the candidate check. Checkpoints bring the costs.
+        if stage == "test" and self.given is not None:
             require_etas(self.constraints)
         # Lightning has no public way to ask for this setting.
         connector = self.trainer._accelerator_connector

@@ -625,6 +625,19 @@ def test_a_finished_stage_is_not_trained_on(
     assert "already holds a finished stage" in capsys.readouterr().err
 
 
+def test_a_stage_that_is_not_finished_is_measured_from_its_checkpoint(
+    stages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "cost"
+    assert fit_stage(stages, "cost", root, *TWICE) == PASSED
+    (root / "hcrlhf.json").unlink()
+    command = ["validate", *stage_arguments(stages, "cost", root), *TWICE]
+    assert main([*command, "--ckpt_path", str(root / "checkpoints" / "last.ckpt")]) == PASSED
+    assert "val/accuracy" in capsys.readouterr().out
+    assert main(command) == 2
+    assert "holds no finished cost stage and no --ckpt_path is given" in capsys.readouterr().err
+
+
 def test_a_fit_goes_on_with_as_many_processes() -> None:
     from lightning_modules import Supervised
 

@@ -357,6 +357,18 @@ def test_an_eta_is_found_for_the_delta_that_is_granted_and_not_for_the_whole(
         assert planned["delta"] == 0.025 and planned["eta"] < threshold
 
 
+def test_a_policy_that_is_tested_from_its_checkpoint_takes_eta_from_its_training(
+    demo: Path, tmp_path: Path
+) -> None:
+    limit = f"--model.init_args.constraints={json.dumps([{**TAIL, 'threshold': 3.5}])}"
+    first, again = tmp_path / "first" / "run", tmp_path / "again" / "run"
+    assert fit(demo, first, *SMALL, limit, tested()) == PASSED
+    checkpoint = ["--ckpt_path", str(first / "checkpoints" / "last.ckpt")]
+    assert main(["test", *policy_arguments(demo, again, *SMALL, limit, tested()), *checkpoint]) == 0
+    planned, tested_again = (read(root / "plan.json")["constraints"] for root in (first, again))
+    assert planned[0]["eta"] == tested_again[0]["eta"] is not None
+
+
 def test_an_eta_that_no_training_gave_is_refused_before_a_test_is_opened(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
