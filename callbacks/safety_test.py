@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -96,6 +95,11 @@ class SafetyTest(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage not in ("fit", "test"):
             return
+        if sum(isinstance(c, SafetyTest) for c in cast(Any, trainer).callbacks) > 1:
+            raise InputError(
+                "trainer.callbacks names callbacks.SafetyTest more than once, and a run has one "
+                "verdict; remove all but one"
+            )
         if not isinstance(pl_module, SafetyTestable):
             raise InputError(
                 f"SafetyTest needs a module with sample_costs(batch), and "
@@ -116,8 +120,7 @@ class SafetyTest(Callback):
         require_disjoint(keys, data.training_keys, "safety", "training")
         require_disjoint(keys, pl_module.training_prompt_keys(), "safety", "earlier stages'")
         path = self._folder(trainer) / VERDICT_FILE
-        if path.is_file():
-            record = json.loads(path.read_text())
+        if (record := certificate.read_verdict(path)) is not None:
             found = record["verdict"]
             # Without a plan nothing was looked at: the candidate check had ended that run. A PASS
             # without its policy broke off in the last moment, and is finished.
@@ -144,9 +147,16 @@ class SafetyTest(Callback):
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        updates = cast(SafetyTestable, pl_module).updates
+        if updates == 0 and self._gate(trainer).has_begun():
+            raise InputError(
+                f"{self._folder(trainer)} holds the plan of a safety test that a run before this "
+                "one opened, and this one begins anew, with another policy: go on with that run "
+                "(--ckpt_path last), or choose another trainer.default_root_dir"
+            )
         self._prepare(trainer, pl_module)
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
-        if cast(SafetyTestable, pl_module).updates >= data.updates:
+        if updates >= data.updates:
             # A resumed run whose training is finished: no epoch begins, so none will end.
             self.run(trainer, pl_module)
 

@@ -30,12 +30,13 @@ HEAD_FILE = "head.safetensors"
 LOGITS = 2**24
 ADAPTER_FILE = "adapter_model.safetensors"
 LORA_KEYS = (".lora_A.weight", ".lora_B.weight")
+SCALE_SETTINGS = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 # Of PEFT's LoraConfig: what leaves an adapter W + scale · B A, whatever its value.
 PLAIN_SETTINGS = {
-    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
-    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("task_type", "auto_mapping", "peft_type", "peft_version", "inference_mode"),
-    *("fan_in_fan_out", "base_model_name_or_path", "revision"),
+    *SCALE_SETTINGS,
+    *("lora_dropout", "target_modules", "exclude_modules", "layers_to_transform"),
+    *("layers_pattern", "task_type", "auto_mapping", "peft_type", "peft_version"),
+    *("inference_mode", "fan_in_fan_out", "base_model_name_or_path", "revision"),
 }
 ONLY_PLAIN = (
     "expected plain LoRA, which adds B A to linear layers and nothing else; merge it into its "
@@ -521,6 +522,11 @@ class Backbone(nn.Module):
             config.target_modules = sorted(config.target_modules)
         config.save_pretrained(str(folder))
         (folder / ADAPTER_FILE).write_bytes(self.adapter_bytes(name))
+
+    def scale_settings(self, name: str) -> dict[str, Any]:
+        """Of an adapter's settings those that its tensors do not show: the scale of B A."""
+        config = self.model.peft_config[name].to_dict()
+        return {key: config[key] for key in SCALE_SETTINGS}
 
     def save_full(self, folder: Path) -> None:
         """Writes the whole model in Hugging Face form (after full supervised tuning)."""

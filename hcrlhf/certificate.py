@@ -14,6 +14,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +24,7 @@ from scipy import stats
 import hcrlhf
 from hcrlhf.constraint import Constraint, Judgement
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import json_hash, sealed_hash, set_hash, sha256
+from hcrlhf.hashing import json_hash, read_json, sealed_hash, set_hash, sha256
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats, has_spread
 
@@ -32,6 +33,7 @@ SCHEMA = 2
 VERDICT_FILE, PLAN_FILE, CERTIFICATE_FILE = "verdict.json", "plan.json", "certificate.json"
 PAGE_FILE = "certificate.md"
 
+WEIGHTS = (".safetensors", ".bin")  # as transformers and PEFT name them
 Verdict = Literal["PASS", "NO_SOLUTION_FOUND", "NOT_TESTED"]
 
 
@@ -39,8 +41,17 @@ Verdict = Literal["PASS", "NO_SOLUTION_FOUND", "NOT_TESTED"]
 
 
 def weights_hash(policy_files: Mapping[str, str]) -> str:
-    """The identity of a policy wherever its folder lies: the hash of its weight files alone."""
-    return json_hash({k: v for k, v in policy_files.items() if k.endswith(".safetensors")})
+    """The identity of a policy wherever its folder lies: the hash of its weight files alone.
+
+    Raises:
+        InputError: it has none, so that one policy could not be told from another.
+    """
+    weights = {k: v for k, v in policy_files.items() if k.endswith(WEIGHTS)}
+    if not weights:
+        raise InputError(
+            f"the policy has no weight file; expected one that ends in {' or '.join(WEIGHTS)}"
+        )
+    return json_hash(weights)
 
 
 def choose(pool: Sequence[str], count: int) -> list[str]:
@@ -83,6 +94,16 @@ SEQUENTIAL_STOP = (
 )
 
 
+def candidate_words(provenance: Mapping[str, Any]) -> str:
+    """Which policy is tested, for people."""
+    if (given := provenance.get("given")) is not None:
+        return f"the policy that was given, {given}"
+    candidate, updates = provenance.get("candidate"), provenance.get("updates")
+    if candidate != updates:
+        return f"the policy after update {candidate} of {updates}"
+    return "the policy after the last update"
+
+
 def make_plan(
     constraints: Sequence[Constraint],
     policy_files: Mapping[str, str],
@@ -108,7 +129,7 @@ def make_plan(
     return {
         "schema": SCHEMA,
         "constraints": [c.describe() for c in constraints],
-        "candidate": "the policy after the last update",
+        "candidate": candidate_words(provenance),
         "policy": {
             "weights": weights_hash(policy_files),
             "hash": json_hash(dict(policy_files)),
@@ -161,6 +182,25 @@ PASS_REASON = "every bound is within its limit"
 
 def verdict_record(verdict: Verdict, reason: str, plan_hash: str | None) -> dict[str, Any]:
     return {"schema": SCHEMA, "verdict": verdict, "reason": reason, "plan_hash": plan_hash}
+
+
+def read_verdict(path: Path) -> dict[str, Any] | None:
+    """The record in verdict.json; None where there is none.
+
+    Raises:
+        InputError: it is not what a run wrote.
+    """
+    try:
+        record = read_json(path)
+        words = (record["verdict"], record["reason"], record["plan_hash"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} is not the verdict of a run ({type(error).__name__}); restore the file from a "
+            "copy, or choose another trainer.default_root_dir"
+        ) from error
+    return verdict_record(*words)
 
 
 # -- the claim in words ----------------------------------------------------------------------------

@@ -25,7 +25,14 @@ from hcrlhf import certificate as cert
 from hcrlhf import ledger as ledgers
 from hcrlhf.constraint import Constraint, Judgement, require_etas, with_etas
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import json_hash, read_json, set_hash, write_json, write_text
+from hcrlhf.hashing import (
+    json_hash,
+    read_json,
+    require_writable,
+    set_hash,
+    write_json,
+    write_text,
+)
 from hcrlhf.human import FORM_FILE, HumanLabels, committed, form_rows, write_form
 from hcrlhf.ledger import Ledger, Schedule, Test
 from hcrlhf.safety import CostSamples
@@ -126,6 +133,7 @@ class Gate:
     def _read(self) -> Ledger | None:
         if self.ledger.exists():
             return ledgers.read(self.ledger, self.state)
+        require_writable(self.ledger.parent, "callbacks.SafetyTest, ledger")
         ledgers.refuse_vanished(self.ledger, self.state)
         return None
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hcrlhf.errors import InputError
+
 
 def sha256(*parts: str) -> str:
     """SHA-256 of "part/part/…", in hex."""
@@ -44,6 +46,41 @@ def folder_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in the folder, by its path relative to it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
+
+
+def require_writable(folder: Path, key: str) -> None:
+    """
+    Args:
+        key: of the setting that names it, for the message.
+
+    Raises:
+        InputError: the folder is not there, and could not be made; or nothing could be put in it.
+    """
+    above = folder.absolute()
+    try:
+        while not above.exists():
+            above = above.parent
+    except OSError as error:  # a name that is too long
+        raise InputError(f"{key} {_cut(folder)}: {error.strerror}; give another place") from error
+    if not above.is_dir():
+        raise InputError(f"{key} {_cut(folder)}: {_cut(above)} is a file; give another place")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"{key} {_cut(folder)}: {_cut(above)} is not yours to write to")
+
+
+def require_empty(folder: Path) -> None:
+    """
+    Raises:
+        InputError: something is in the folder, or it cannot be made.
+    """
+    require_writable(folder, "folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder} is not empty; give a new folder")
+
+
+def _cut(path: Path) -> str:
+    text = str(path)
+    return text if len(text) <= 100 else text[:99] + "…"
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -474,11 +474,18 @@ def _state_file(state: Path | None) -> Path:
 
 
 def _read_state(state: Path | None) -> dict[str, dict[str, Any]]:
+    """What this machine remembers of every ledger; entries that it did not write are left out."""
     try:
         content = json.loads(_state_file(state).read_text())
-        return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
         return {}
+    entries = content.items() if isinstance(content, dict) else ()
+    kinds = {"path": str, "head": str, "lines": int}
+    return {
+        name: entry
+        for name, entry in entries
+        if isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in kinds.items())
+    }
 
 
 def _remember(ledger: Ledger, state: Path | None) -> None:

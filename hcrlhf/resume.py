@@ -8,11 +8,14 @@ first half aimed at another limit is not the run that its config.yaml describes.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import pickle
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from hcrlhf.text import one_line
 
 FILE = Path("checkpoints", "last.ckpt")  # in the run folder
 KEY = "run"  # of the checkpoint: what `describe` says
+OWN = frozenset({"hcrlhf", "lightning_modules", "datamodules", "callbacks"})
 
 # Learning rates, memory, and what only later commands read. β only where it is not steered.
 MAY_CHANGE = frozenset(
@@ -90,7 +94,37 @@ def describe(config: Settings) -> dict[str, Any]:
     settings = {**parts, "trainer": trainer}
     paths = {key: _get(settings, key) for key in PATHS}
     hashes = {key: identity(Path(path)) for key, path in paths.items() if isinstance(path, str)}
+    hashes |= {key: source_identity(name) for key, name in named_code(settings)}
     return {"settings": settings, "inputs": {k: h for k, h in hashes.items() if h is not None}}
+
+
+def named_code(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Where the settings name classes and functions, and which."""
+    children = enumerate(settings) if isinstance(settings, list) else ()
+    for name, value in settings.items() if isinstance(settings, Mapping) else children:
+        place = f"{key}.{name}".lstrip(".")
+        if name in ("class_path", "function") and isinstance(value, str):
+            yield place, value
+        else:
+            yield from named_code(value, place)
+
+
+def source_identity(name: str) -> str | None:
+    """A hash of the file that defines a user's class or function; None: not a user's, or no file.
+
+    Of installed packages, this one among them, the version is what tells.
+    """
+    top, _, _ = name.partition(".")
+    if top in OWN or top in metadata.packages_distributions():
+        return None
+    try:
+        module = importlib.import_module(name.rpartition(".")[0])
+        thing = inspect.unwrap(getattr(module, name.rpartition(".")[2]))
+        routine = inspect.isclass(thing) or inspect.isroutine(thing)
+        file = inspect.getsourcefile(thing if routine else type(thing))
+    except (Exception, SystemExit):  # whoever makes an object of it says what is wrong
+        return None
+    return file_sha256(Path(file)) if file and Path(file).is_file() else None
 
 
 def _by_class(callbacks: Any) -> dict[str, Any]:

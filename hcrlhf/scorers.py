@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -130,12 +131,32 @@ class Scorer(ABC):
         if slot == "cost":
             self.provenance()  # refuses now what the plan of the safety test could not name
 
-    def checked(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
+    def checked(
+        self, prompts: Sequence[Dialogue], responses: Sequence[str], sealed: bool = False
+    ) -> Floats:
         """`scores`, one float64 per response. What is not finite is for the caller to refuse.
+
+        Args:
+            sealed: nothing may be said of these texts, so of an error only its kind and its place.
 
         Raises:
             RuntimeError: it raised, or gave something else.
         """
+        if not sealed:
+            return self._checked(prompts, responses)
+        try:
+            return self._checked(prompts, responses)
+        except Exception as error:
+            cause = error.__cause__ or error
+            place = traceback.extract_tb(cause.__traceback__)[-1]
+            kind, where = type(cause).__name__, f"{Path(place.filename).name}, line {place.lineno}"
+        # Outside of the handler: the error, whose text may hold a prompt, is not shown with ours.
+        raise RuntimeError(
+            f"{self.name} could not score responses to safety prompts ({kind} in {where}); what it "
+            "said is kept back, since it may hold a prompt or a response"
+        )
+
+    def _checked(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
         try:
             scores = self.scores(prompts, responses)
         except InputError:

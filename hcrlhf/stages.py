@@ -19,11 +19,11 @@ from typing import Any, Literal
 
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import file_sha256, write_text
-from hcrlhf.text import ChatFormat
+from hcrlhf.text import ChatFormat, one_line
 
 FORMAT = 1
 FILE = "hcrlhf.json"
-PROMPTS_FILE = "training_prompts.txt"
+PROMPTS_FILE, PROMPTS_HASH = "training_prompts.txt", "training_prompts_sha256"
 CLASSIFIER = "sequence_classifier"
 # Of a hub snapshot: weights once, in the format that runs no code, and what a tokenizer needs.
 SNAPSHOT = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
@@ -135,9 +135,11 @@ def write_classifier_stage(
 
 
 def _write(folder: Path, record: Mapping[str, Any], prompt_keys: Collection[str]) -> None:
-    (folder / PROMPTS_FILE).write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
+    prompts = folder / PROMPTS_FILE
+    prompts.write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
+    whole = {"format": FORMAT, **record, PROMPTS_HASH: file_sha256(prompts)}
     # Last of all, and whole: where it stands the stage is finished.
-    write_text(folder / FILE, json.dumps({"format": FORMAT, **record}, indent=2) + "\n")
+    write_text(folder / FILE, json.dumps(whole, indent=2) + "\n")
 
 
 def read_stage(folder: str, expected: Role, slot: str) -> Stage:
@@ -245,17 +247,33 @@ def read_prompt_keys(folder: str) -> frozenset[str]:
     None where the folder is no stage.
 
     Raises:
-        InputError: a stage without its list, which would read as one that saw no prompt.
+        InputError: a stage without its list, which would read as one that saw no prompt, or with
+            another one than it wrote.
     """
-    path = Path(folder) / PROMPTS_FILE
-    if path.is_file():
-        return frozenset(path.read_text().split())
-    if (Path(folder) / FILE).is_file():
+    path, of_stage = Path(folder) / PROMPTS_FILE, Path(folder) / FILE
+    if not path.is_file() and of_stage.is_file():
         raise InputError(
             f"{folder} has no {PROMPTS_FILE}, by which a safety test knows what the stage was "
             "trained on; copy the folder whole, or train the stage again"
         )
-    return frozenset()
+    if not path.is_file():
+        return frozenset()
+    # Older versions did not write the hash, nor does a merged export.
+    record = _record(of_stage) if of_stage.is_file() else {}
+    if record.get(PROMPTS_HASH, found := file_sha256(path)) != found:
+        raise InputError(
+            f"{path} is not the list that the stage wrote, and a safety test could not know what "
+            "it was trained on; restore the file from a copy, or train the stage again"
+        )
+    return frozenset(path.read_text().split())
+
+
+def _record(path: Path) -> Mapping[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable ({one_line(error)})") from error
+    return record if isinstance(record, Mapping) else {}
 
 
 def require_same_base(stages: Mapping[str, Stage]) -> Stage:

@@ -449,7 +449,7 @@ class ScoredPolicy(AdapterModule):
         texts = self.encoder.decode(rollout.tokens)
         for slot, scorer in scorers.items():
             scorer.to(self.device)
-            scores = scorer.checked(batch.messages, texts)
+            scores = scorer.checked(batch.messages, texts, sealed)
             if slot == "cost":
                 if not sealed:  # the gate looks at the range too, and says nothing of the cost
                     scorer.require_range(scores)
@@ -594,6 +594,7 @@ class ScoredPolicy(AdapterModule):
             "updates": None if self.given else self.updates,
             "candidate": self.updates if self.candidate is None else self.candidate,
             "given": self.given and Path(self.given).name,
+            "policy": self._policy_options(),
             "backbone": self.stages["sft"].fingerprint,
             "squash": self.squash,
             "quantization": self.source.quantization,
@@ -603,6 +604,12 @@ class ScoredPolicy(AdapterModule):
             "chat": asdict(self.encoder.chat),
             "template": hashlib.sha256(self.encoder.template.encode()).hexdigest(),
         }
+
+    def _policy_options(self) -> dict[str, Any]:
+        """What the policy is besides its weights, wherever its folder lies."""
+        if self._other is not None:
+            return {"config.json": self._given_files["config.json"]}
+        return self.backbone.scale_settings(ACTOR)
 
     def _cost_provenance(self) -> dict[str, Any]:
         if "cost" in self.scorers:

@@ -19,6 +19,7 @@ from hcrlhf.certificate import (
     COST_MODEL,
     NOT_COVERED,
     SCHEMA,
+    candidate_words,
     certificate_page,
     choose,
     claim_sentence,
@@ -36,6 +37,7 @@ from hcrlhf.certificate import (
     percent,
     plain,
     published_key,
+    read_verdict,
     response_seed_text,
     round_up,
     safety_order,
@@ -765,3 +767,34 @@ def test_joined_samples_keep_rows_together() -> None:
     assert joined.keys == whole.keys and joined.responses == whole.responses
     np.testing.assert_array_equal(joined.costs, whole.costs)
     np.testing.assert_array_equal(joined.truncated, whole.truncated)
+
+
+def test_weights_in_any_format_are_the_policys_identity() -> None:
+    whole = {"config.json": "1" * 64, "pytorch_model.bin": "a" * 64}
+    assert weights_hash(whole) != weights_hash(whole | {"pytorch_model.bin": "b" * 64})
+    with pytest.raises(InputError, match="has no weight file; expected one that ends in"):
+        weights_hash({"config.json": "1" * 64})
+
+
+@pytest.mark.parametrize(
+    ("provenance", "words"),
+    [
+        ({"updates": 7, "candidate": 7, "given": None}, "the policy after the last update"),
+        ({"updates": 7, "candidate": 5, "given": None}, "the policy after update 5 of 7"),
+        ({"updates": None, "candidate": 0, "given": "merged"}, "policy that was given, merged"),
+        ({}, "the policy after the last update"),
+    ],
+)
+def test_a_plan_says_in_words_which_policy_is_tested(
+    provenance: dict[str, Any], words: str
+) -> None:
+    assert candidate_words(provenance).endswith(words)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"verdict": "PASS"}', '"PASS"'])
+def test_a_verdict_that_no_run_wrote_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "verdict.json"
+    assert read_verdict(path) is None
+    path.write_text(content)
+    with pytest.raises(InputError, match="is not the verdict of a run"):
+        read_verdict(path)

@@ -746,3 +746,13 @@ def test_a_missing_empty_or_damaged_ledger_is_bad_input_in_one_line(
     for missing in (path.with_name("missing.jsonl"), path.parent):
         assert main(["ledger", str(missing)]) == BAD_INPUT
         assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_what_this_machine_remembers_may_be_damaged(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir()
+    for content in ('{"a": {"path": 3}}', '{"a": 1}', "[1]", "{", '{"a": {"path": "/x"}}'):
+        (state / "ledgers.json").write_text(content)
+        with ledgers.locked(tmp_path / "ledger.jsonl", 0.05, "once", state) as ledger:
+            assert ledger.delta == 0.05
+        assert ledgers.remembered_head(ledger.identity, state) == ledger.head

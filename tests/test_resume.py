@@ -109,6 +109,31 @@ def test_files_are_compared_by_content_so_that_a_run_may_be_moved(tmp_path: Path
     assert (change.old, change.new) == (str(tmp_path / "a"), "other content in the same place")
 
 
+def test_a_users_code_that_was_changed_meanwhile_is_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "users_own.py"
+    path.write_text("class Learner: pass\ndef cost(prompts, responses): return [0]\n")
+    scorer = {"class_path": "hcrlhf.scorers.PythonScorer"}
+    scorer["init_args"] = {"function": "users_own.cost"}  # type: ignore[assignment]
+    options = {"cost": scorer, "learner": {"class_path": "users_own.Learner"}}
+    options["multiplier"] = {"class_path": "hcrlhf.multiplier.PIDMultiplier"}
+    config = {"model": {"class_path": "lightning_modules.Policy", "init_args": options}}
+    before = describe(config)
+    keys = {"model.init_args.cost.init_args.function", "model.init_args.learner.class_path"}
+    assert before["inputs"].keys() == keys
+    assert changes(before, describe(config)) == []
+    path.write_text(path.read_text().replace("[0]", "[1]"))
+    found = changes(before, describe(config))
+    assert {change.key for change in found} == keys
+    assert all(change.new == "other content in the same place" for change in found)
+    assert not any(may_change(key, config) for key in keys)
+    # What cannot be imported is for its own class to refuse.
+    assert resume.source_identity("users_own.missing") is None
+    assert resume.source_identity("no.such.module") is None
+
+
 def test_a_stage_folder_is_known_by_what_was_trained(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()

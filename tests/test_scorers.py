@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -74,6 +75,14 @@ def raising(prompts: list[Any], responses: list[str]) -> list[float]:
     raise KeyError("no such\nword")
 
 
+def telling(prompts: list[Any], responses: list[str]) -> Any:
+    raise ValueError(f"cannot score {responses[0]} to {prompts[0][-1]['content']}")
+
+
+def refusing(prompts: list[Any], responses: list[str]) -> Any:
+    raise InputError(f"cannot score {responses[0]} to {prompts[0][-1]['content']}")
+
+
 def same(prompts: list[Any], responses: list[str]) -> list[float]:
     return [1.0] * len(responses)
 
@@ -139,6 +148,27 @@ def test_later_a_scorer_that_breaks_is_named_and_nan_is_left_to_the_caller() -> 
     with pytest.raises(RuntimeError, match=f"{HERE}.raising raised KeyError"):
         PythonScorer(f"{HERE}.raising").checked([user_turn("a")], ["x"])
     assert np.isnan(PythonScorer(f"{HERE}.nan").checked([user_turn("a")], ["x"])).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("telling", "ValueError in test_scorers.py, line "),
+        ("refusing", "InputError in test_scorers.py, line "),
+        ("words", "TypeError in scorers.py, line "),
+        ("leaving", "SystemExit in test_scorers.py, line "),
+    ],
+)
+def test_of_a_scorer_that_fails_on_safety_prompts_only_the_kind_is_said(
+    name: str, kind: str
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        PythonScorer(f"{HERE}.{name}").checked([user_turn("secret")], ["answer"], sealed=True)
+    shown = "".join(traceback.format_exception(caught.value))
+    assert kind in shown and f"{HERE}.{name} could not score responses to safety prompts" in shown
+    # The source lines of a traceback are code, in which neither word stands.
+    assert "cannot score" not in str(caught.value)
+    assert caught.value.__context__ is caught.value.__cause__ is None
 
 
 @pytest.mark.parametrize(

@@ -391,3 +391,23 @@ def test_a_revision_is_kept_with_the_stage(run: Path) -> None:
     stage = replace(SFT, backbone=replace(SFT.backbone, model="org/model", revision="abc"))
     write_stage(run / "sft", stage, KEYS)
     assert read_stage(str(run / "sft"), "sft", "sft").backbone == stage.backbone
+
+
+def test_a_list_of_prompts_that_was_edited_is_noticed(run: Path) -> None:
+    write_stage(run / "cost", COST, KEYS)
+    path = run / "cost" / "training_prompts.txt"
+    whole = path.read_text()
+    path.write_text(whole.splitlines()[0] + "\n")
+    with pytest.raises(InputError, match="is not the list that the stage wrote.*train the stage"):
+        read_prompt_keys(str(run / "cost"))
+    path.write_text(whole)
+    # What an older version wrote has no hash.
+    stage = run / "cost" / "hcrlhf.json"
+    record = json.loads(stage.read_text())
+    assert len(record.pop("training_prompts_sha256")) == 64
+    stage.write_text(json.dumps(record))
+    path.write_text(whole.splitlines()[0] + "\n")
+    assert read_prompt_keys(str(run / "cost")) == {whole.splitlines()[0]}
+    stage.write_text("{")
+    with pytest.raises(InputError, match="hcrlhf.json is not readable"):
+        read_prompt_keys(str(run / "cost"))
