@@ -114,6 +114,6 @@ class EpochSampler(DistributedSampler[int]):
 
 
 def check_batch_size(value: int, name: str = "batch_size") -> int:
-    if value < 1:
-        raise InputError(f"{name} is a whole number >= 1, got {value}")
+    if not 1 <= value < 2**31:
+        raise InputError(f"{name} is a whole number from 1 to 2^31 - 1, got {value}")
     return value

@@ -165,10 +165,10 @@ def _world(arguments: list[str]) -> int:
     parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    if options.folder.exists() and any(options.folder.iterdir()):
-        raise InputError(f"{options.folder} is not empty; give a new folder")
+    from hcrlhf.hashing import require_empty
     from hcrlhf.world import write_world
 
+    require_empty(options.folder)
     quiet_loading()
     write_world(options.folder, options.seed)
     print(f"wrote {options.folder}")

@@ -66,6 +66,18 @@ class Pair(Prompt):
     lower_harmful: bool | None = None
 
 
+def require_kind(example: Any, kind: type[Prompt], source: str) -> None:
+    """
+    Raises:
+        InputError: a stage is given the data of another one.
+    """
+    if not isinstance(example, kind):
+        raise InputError(
+            f"this stage learns from a {kind.__name__} and was given a {type(example).__name__}; "
+            f"set data.class_path to {source}, or model.class_path to a stage for this data"
+        )
+
+
 @runtime_checkable
 class EncodesExamples(Protocol):
     """What a data module needs from the training module: its tokenizer's view of an example."""

@@ -13,6 +13,7 @@ import torch
 
 from hcrlhf.backbone import ADAPTER_FILE, load_causal_lm
 from hcrlhf.errors import InputError
+from hcrlhf.hashing import require_empty
 from hcrlhf.stages import PROMPTS_FILE, BackboneSource, fingerprint, read_prompt_keys, read_stage
 from hcrlhf.text import load_tokenizer
 
@@ -33,8 +34,7 @@ def merge(policy: Path, folder: Path, dtype: str = "bfloat16") -> str:
         raise InputError(
             f"{policy} holds no {ADAPTER_FILE}; expected the policy/ folder of a run that passed"
         )
-    if folder.exists() and any(folder.iterdir()):
-        raise InputError(f"{folder} is not empty; give a new folder")
+    require_empty(folder)
     stage = read_stage(str(policy), "policy", "policy")
     read_prompt_keys(str(policy))  # refuses now what would be missing after the merge
     source = stage.backbone

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, prompt_key, user_turn
-from hcrlhf.hashing import sha256, write_json
+from hcrlhf.hashing import require_empty, sha256, write_json
 from hcrlhf.rows import Row, parse_dialogue, read_rows, text_field
 
 COLUMNS = ("prompt", "instruction", "question")  # of prompts, the first one that is there
@@ -92,8 +92,7 @@ def split(
     names = [_name(source) for source in everything]
     if len(set(names)) < len(names):
         raise InputError(f"two sources would be written to one file: {', '.join(names)}")
-    if folder.is_file() or (folder.exists() and any(folder.iterdir())):
-        raise InputError(f"{folder} is not empty; give a new folder")
+    require_empty(folder)
     rows = {source: read_rows(source, hub_split) for source in everything}
     turns = {
         source: [opening(row, field, source, i) for i, row in enumerate(its)]

@@ -33,7 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
 from hcrlhf import resume
-from hcrlhf.certificate import VERDICT_FILE, verdict_record
+from hcrlhf.certificate import VERDICT_FILE, read_verdict, verdict_record
 from hcrlhf.cli import (
     INTERRUPTED,
     NO_SOLUTION,
@@ -44,7 +44,7 @@ from hcrlhf.cli import (
 )
 from hcrlhf.completions import markdown_table
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import write_json, write_text
+from hcrlhf.hashing import require_writable, write_json, write_text
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.methods import METHODS
 from hcrlhf.stages import FILE as STAGE_FILE
@@ -71,6 +71,15 @@ KNOWN_CLASSES = [
         *(SafetyTest, BestCandidate, Checkpoint, Completions, Progress),
     )
 ]
+
+
+# Of the trainer, by command: with one of these at 0 nothing runs.
+LIMITS = {
+    "fit": ("max_epochs", "max_steps", "limit_train_batches"),
+    "validate": ("limit_val_batches",),
+    "test": ("limit_test_batches",),
+    "predict": ("limit_predict_batches",),
+}
 
 
 class Parser(LightningArgumentParser):
@@ -179,12 +188,19 @@ class EventFiles(TensorBoardLogger):
 
 def put_aside(path: Path) -> None:
     """Renames name.ext to name-1.ext, name-2.ext, …: of a run that was resumed all is kept."""
-    number = len(list(path.parent.glob(f"{path.stem}-*{path.suffix}"))) + 1
+    kept = (p.stem.rpartition("-")[2] for p in path.parent.glob(f"{path.stem}-*{path.suffix}"))
+    number = 1 + max((int(n) for n in kept if n.isdecimal()), default=0)
     path.rename(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
 
 class CLI(LightningCLI):
     """Adds the run folder: `trainer.default_root_dir` holds everything that a run writes."""
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        seed = self.config[self.config.subcommand].seed_everything
+        if not isinstance(seed, bool) and isinstance(seed, int) and not 0 <= seed < 2**32:
+            raise InputError(f"seed_everything lies in [0, 2^32), got {seed}")
 
     def _parse_ckpt_path(self) -> None:
         """Nothing: Lightning would put the checkpoint's hyperparameters over the user's config."""
@@ -210,6 +226,10 @@ class CLI(LightningCLI):
                 "a limit on their norm would then cut; use bf16-mixed or 32-true"
             )
         folder = Path(trainer.default_root_dir)
+        require_writable(folder, "trainer.default_root_dir")
+        for key in LIMITS[str(self.subcommand)]:
+            if trainer[key] == 0:
+                raise InputError(f"trainer.{key} is 0, so {self.subcommand} would do nothing")
         if self.subcommand == "fit" and (folder / STAGE_FILE).is_file():
             raise InputError(
                 f"{folder} already holds a finished stage; choose another "
@@ -251,8 +271,28 @@ class CLI(LightningCLI):
                 f"{folder / resume.FILE} will be replaced; --ckpt_path last would go on from it"
             )
 
+    def before_test(self) -> None:
+        self._require_no_verdict()
+
+    def _require_no_verdict(self) -> None:
+        """
+        Raises:
+            InputError: without a safety test, in the folder of one that has ended.
+        """
+        path = Path(self.trainer.default_root_dir) / VERDICT_FILE
+        tests = any(isinstance(c, SafetyTest) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
+        if tests or not isinstance(self.model, Policy):
+            return
+        record = read_verdict(path)
+        if record is not None and record["plan_hash"] is not None:
+            raise InputError(
+                f"{path} says {record['verdict']}, and this config has no callbacks.SafetyTest, so "
+                "that it would be written over; choose another trainer.default_root_dir"
+            )
+
     def before_fit(self) -> None:
         """Settings of the trainer that cannot reach a module which steps by itself."""
+        self._require_no_verdict()
         if self.model.automatic_optimization:
             return
         if self.trainer.gradient_clip_val is not None:
@@ -285,7 +325,7 @@ class CLI(LightningCLI):
             raise InputError(QUANTISES_ADAPTERS)
         try:
             return super().instantiate_trainer(**kwargs)
-        except ValueError as error:  # settings that Lightning's trainer itself refuses
+        except (ValueError, ImportError) as error:  # what Lightning's trainer itself refuses
             raise InputError(f"trainer: {one_line(error)}") from error
 
 
@@ -313,6 +353,10 @@ def run(arguments: Sequence[str]) -> int:
             raise found from None
         if isinstance(error, ValueError) and "Does not validate" in str(error):
             raise InputError(short_error(str(error))) from error
+        if isinstance(error, UnicodeDecodeError):
+            raise InputError(
+                f"a config or a file of data is not UTF-8 text ({one_line(error)})"
+            ) from None
         if isinstance(error, torch.OutOfMemoryError):  # where passes could be halved, they were
             raise InputError(
                 f"out of memory ({one_line(error)}); halve data.init_args.batch_size and double "
@@ -369,7 +413,8 @@ def _verdict_code(trainer: Trainer) -> int:
     """The exit code of a policy run; says the verdict, and writes one where no test was set up."""
     path = Path(trainer.default_root_dir) / VERDICT_FILE
     if any(isinstance(c, SafetyTest) for c in trainer.callbacks):  # type: ignore[attr-defined]
-        record = json.loads(path.read_text())
+        record = read_verdict(path)
+        assert record is not None, "written when the fit or test began"
     else:
         record = verdict_record("NOT_TESTED", "the config has no callbacks.SafetyTest", None)
         if trainer.is_global_zero:

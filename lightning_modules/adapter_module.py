@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -25,6 +27,7 @@ QUANTISES_ADAPTERS = (
     "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing to train; "
     "remove it and set quantization: nf4 on the module"
 )
+LOWER = "lower model.init_args.learning_rate, or look for a bad example"
 Schedule = Literal["linear", "cosine", "constant"]
 Result = TypeVar("Result")
 
@@ -61,8 +64,10 @@ class StageModule(LightningModule):
         optimizer: optimizers.Name,
     ) -> None:
         super().__init__()
-        if not learning_rate > 0:
+        if not 0 < learning_rate < math.inf:
             raise InputError(f"learning_rate is positive, got {learning_rate}")
+        if not 0 <= weight_decay < math.inf:
+            raise InputError(f"weight_decay is not negative, got {weight_decay}")
         if not 0 <= warmup < 1:
             raise InputError(f"warmup is a share of the steps in [0, 1), got {warmup}")
         self.learning_rate = learning_rate
@@ -182,6 +187,30 @@ class StageModule(LightningModule):
         ):
             group["initial_lr"], group["weight_decay"] = rate, self.weight_decay
             group["lr"] = rate * factor(scheduler.last_epoch)
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """
+        Raises:
+            InputError: the loss is not finite, seen when it is logged.
+        """
+        loss = outputs.get("loss") if isinstance(outputs, dict) else None  # a policy has its own
+        if loss is None or (batch_idx + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+            return
+        if not bool(loss.isfinite()):
+            raise InputError(f"the loss is {float(loss)} after step {self.global_step}; {LOWER}")
+
+    def may_save_stage(self) -> bool:
+        """Whether this process writes the stage's folder, at the end of training.
+
+        Raises:
+            InputError: training has made weights that nothing can be done with.
+        """
+        if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            rank_zero_info("fast_dev_run: no stage is written")
+            return False
+        if not all(bool(weight.isfinite().all()) for weight in self.trained()):
+            raise InputError(f"the trained weights are not finite, so no stage is written; {LOWER}")
+        return bool(self.trainer.is_global_zero)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rng"] = processes.gathered(rng_state(self.device))  # of each process

@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from hcrlhf import preferences
 from hcrlhf.errors import InputError
-from hcrlhf.examples import Pair
+from hcrlhf.examples import Pair, require_kind
 from hcrlhf.stages import ScoreMoments
 from lightning_modules.adapter_module import StageModule
 
@@ -78,6 +78,9 @@ class PairModule(StageModule):
         super().__init__(**optimization)
         if squash is not None:
             preferences.check_squash(squash, role)
+        for name, value in (("sign_weight", sign_weight), ("penalty", penalty)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name} is not negative, got {value}")
         self.role = role
         self.squash = squash
         self.sign_weight = sign_weight
@@ -88,6 +91,7 @@ class PairModule(StageModule):
         self.report: dict[str, float] = {}
         self.moments: ScoreMoments | None = None
         self.calibration: preferences.Calibration | None = None
+        self._measured_at = -1  # the step after which the moments were measured
         self._seen_keys: set[str] = set()
         self._probe: Any = None
 
@@ -102,6 +106,7 @@ class PairModule(StageModule):
     # -- data ----------------------------------------------------------------------------------
 
     def encode(self, example: Pair) -> EncodedPair[Any] | None:
+        require_kind(example, Pair, "datamodules.Preferences")
         if self.role == "cost" and self.sign_weight > 0 and example.higher_harmful is None:
             raise InputError(
                 "the cost model's sign terms need is_response_0_safe and is_response_1_safe, "
@@ -166,6 +171,7 @@ class PairModule(StageModule):
                 metric.reset()
             return
         self._measure()
+        self._measured_at = self.global_step
         for name, value in self.report.items():
             self.log(f"val/{name}", value, prog_bar=name in ("accuracy", "sign_accuracy"))
 
@@ -216,7 +222,12 @@ class PairModule(StageModule):
     # -- the end -------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
+        if self._measured_at != self.global_step and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            # Training ended between two validations, and moments are those of the weights saved.
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+        if self.may_save_stage():
             self.save_stage()
 
     @abstractmethod

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
 from hcrlhf import optimizers
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError
-from hcrlhf.examples import Demonstration, Prompt
+from hcrlhf.examples import Demonstration, require_kind
 from hcrlhf.stages import BackboneSource, Stage, fingerprint, read_prompt_keys, write_stage
 from hcrlhf.text import ChatFormat, Encoded, TextEncoder, Tokens, collate, load_tokenizer
 from lightning_modules.adapter_module import AdapterModule, Schedule, check_size
@@ -85,9 +84,9 @@ class Supervised(AdapterModule):
         else:
             self.backbone.add_role("sft", self.lora, trainable=True)
 
-    def encode(self, example: Prompt) -> Encoded | None:
-        response = example.response if isinstance(example, Demonstration) else None
-        encoded = self.encoder.encode(example.messages, response)
+    def encode(self, example: Demonstration) -> Encoded | None:
+        require_kind(example, Demonstration, "datamodules.Demonstrations")
+        encoded = self.encoder.encode(example.messages, example.response)
         if encoded is not None:
             self._seen_keys.add(example.key)
         return encoded
@@ -122,7 +121,7 @@ class Supervised(AdapterModule):
         return self(batch).sum(dim=1)
 
     def on_train_end(self) -> None:
-        if self.trainer.is_global_zero:
+        if self.may_save_stage():
             self.save_stage()
 
     def save_stage(self) -> None:
@@ -136,13 +135,13 @@ class Supervised(AdapterModule):
             self.backbone.save_full(folder)
             source = BackboneSource(str(folder))
         self.encoder.tokenizer.save_pretrained(str(folder))
-        loss = self.trainer.callback_metrics.get("val/loss", torch.tensor(torch.nan))
+        loss = self.trainer.callback_metrics.get("val/loss")
         stage = Stage(
             role="sft",
             backbone=source,
             fingerprint=fingerprint(str(folder)) if self.lora is None else self.fingerprint,
             adapter=self.lora is not None,
             chat=self.chat,
-            metrics={"loss": float(loss)},
+            metrics={} if loss is None else {"loss": float(loss)},
         )
         write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.source.folder))

@@ -202,3 +202,53 @@ def test_code_that_leaves_with_zero_is_no_pass(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(cli, "run_trainer", lambda arguments: sys.exit(0))
     assert main(["fit", "--config", "run.yaml"]) == CRASHED
     assert main(["fit", "--print_config"]) == main(["fit", "--model.help", "Policy"]) == PASSED
+
+
+@pytest.mark.parametrize("command", ["world", "export", "split"])
+def test_a_file_where_a_folder_is_expected_is_one_line(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "adapter_model.safetensors").write_text("")
+    (tmp_path / "x.jsonl").write_text('{"prompt": "a"}\n')
+    for target in ("file", "file/below", "x" * 300):
+        folder = str(tmp_path / target)
+        arguments = {
+            "world": [folder],
+            "export": [str(tmp_path), folder],
+            "split": [str(tmp_path / "x.jsonl"), "--out", folder],
+        }[command]
+        assert main([command, *arguments]) == 2
+        assert re.search("is a file|is not empty|too long", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--seed_everything", "-1"], r"seed_everything lies in \[0, 2\^32\), got -1"),
+        (["--trainer.precision", "transformer-engine"], "trainer: .*transformer_engine"),
+        (["--trainer.max_epochs", "0"], "trainer.max_epochs is 0, so fit would do nothing"),
+        (["--trainer.limit_train_batches", "0"], "limit_train_batches is 0"),
+        (["--model.init_args.weight_decay", "-1"], "weight_decay is not negative, got -1"),
+        (["--model.init_args.learning_rate", ".inf"], "learning_rate is positive, got inf"),
+        (["--data.init_args.batch_size", str(10**23)], "whole number from 1 to"),
+    ],
+)
+def test_a_setting_that_no_stage_can_use_is_refused(
+    refused: Refused, arguments: list[str], expected: str
+) -> None:
+    assert re.search(expected, refused("sft", *arguments))
+
+
+@pytest.mark.parametrize("name", ["sign_weight", "penalty"])
+def test_a_negative_weight_of_the_loss_is_refused(refused: Refused, name: str) -> None:
+    assert f"{name} is not negative" in refused("cost", f"--model.init_args.{name}=-1")
+
+
+def test_a_config_that_is_no_text_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"model: \xe1\xff")
+    assert main(["fit", "--config", str(path)]) == 2
+    assert "is not UTF-8 text" in capsys.readouterr().err

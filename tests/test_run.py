@@ -21,6 +21,7 @@ from hcrlhf.bounds import betting_upper
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.demo import CONFIGS, POLICIES, Demo
 from hcrlhf.hashing import folder_hashes, json_hash
+from hcrlhf.stages import read_prompt_keys
 from hcrlhf.text import Encoded, collate
 from hcrlhf.world import ModelSizes, WorldSizes
 
@@ -458,6 +459,76 @@ def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
     assert main(["verify", str(root / "certificate.json")]) == PASSED
 
 
+def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from callbacks import SafetyTest
+    from lightning_modules import Policy
+
+    root = tmp_path / "run"
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("lightning strikes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetyTest, "_sample", broken)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *ALWAYS, tested())
+    before = folder_hashes(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "training_step", broken)
+        assert fit(demo, root, *ALWAYS, tested(), "--model.init_args.seed", "1") == 2
+    assert "holds the plan of a safety test that a run before" in capsys.readouterr().err
+    assert folder_hashes(root) == before
+    assert fit(demo, root, *ALWAYS, tested(), "--ckpt_path", "last") == PASSED
+
+
+def test_a_verdict_is_not_written_over_and_there_is_one_safety_test(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    shutil.copytree(demo / "policy", root)
+    before = folder_hashes(root)
+    checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    for command in (["fit"], ["test", *checkpoint]):
+        arguments = policy_arguments(demo, root, *ALWAYS, "--trainer.callbacks=[]")
+        assert main([*command, *arguments]) == 2
+        assert "says PASS, and this config has no callbacks.SafetyTest" in capsys.readouterr().err
+    assert folder_hashes(root) == before
+    test = '{"class_path": "callbacks.SafetyTest"}'
+    refuse(
+        demo,
+        tmp_path / "two",
+        capsys,
+        "names callbacks.SafetyTest more than once",
+        *ALWAYS,
+        f"--trainer.callbacks=[{test}, {test}]",
+    )
+
+
+def test_a_ledger_that_could_not_be_written_is_refused_before_training(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    ledger = str(tmp_path / "file" / "ledger.jsonl")
+    expected = "callbacks.SafetyTest, ledger .*file is a file; give another place"
+    refuse(demo, tmp_path, capsys, expected, *ALWAYS, tested(ledger=ledger))
+
+
+def test_another_scale_of_the_same_weights_is_another_policy(demo: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(demo / "policy" / "policy", policy)
+    config = read(policy / "adapter_config.json")
+    (policy / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3}))
+    test = [*policy_arguments(demo, tmp_path / "run", *ALWAYS), "--policy", str(policy)]
+    assert main(["test", *test]) == PASSED
+    plans = [read(folder / "plan.json") for folder in (demo / "policy", tmp_path / "run")]
+    assert plans[0]["policy"]["weights"] == plans[1]["policy"]["weights"]
+    alphas = [plan["provenance"]["policy"]["lora_alpha"] for plan in plans]
+    assert alphas == [config["lora_alpha"], 3]
+    assert plans[1]["candidate"] == "the policy that was given, policy"
+
+
 def test_a_sequential_test_stops_early_or_goes_on_with_fresh_prompts(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -589,6 +660,95 @@ def test_a_finished_stage_is_not_trained_over(
     assert main(["fit", *arguments]) == 2
     assert "already holds a finished stage" in capsys.readouterr().err
     assert (demo / "sft" / "model.safetensors").read_bytes() == before
+
+
+def stage_arguments(demo: Path, stage: str, root: Path, *more: str) -> list[str]:
+    data = "demonstrations" if stage == "sft" else "preferences"
+    model = ("model", demo / "world" / "model") if stage == "sft" else ("sft", demo / "sft")
+    return [
+        *("--config", str(CONFIGS / f"{stage}.yaml"), "--trainer.default_root_dir", str(root)),
+        *(f"--model.init_args.{model[0]}", str(model[1])),
+        *("--data.init_args.path", str(demo / "world" / f"{data}.jsonl"), *EACH_STEP, *more),
+    ]
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        ["--trainer.max_steps=3"],
+        ["--trainer.max_steps=9", "--trainer.val_check_interval=4"],
+        ["--trainer.max_epochs=3", "--trainer.check_val_every_n_epoch=2"],
+    ],
+)
+def test_the_moments_are_those_of_the_weights_that_are_saved(
+    demo: Path, tmp_path: Path, ending: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = stage_arguments(demo, "reward", tmp_path / "run", *ending)
+    assert main(["fit", *arguments]) == PASSED
+    moments = read(tmp_path / "run" / "hcrlhf.json")["moments"]
+    capsys.readouterr()
+    assert main(["validate", *arguments]) == PASSED
+    printed = re.search(r"val/score_mean\s+│\s+(\S+)", capsys.readouterr().out)
+    assert printed and float(printed[1]) == pytest.approx(moments["mean"], rel=1e-6)
+
+
+def test_a_trial_of_a_config_leaves_no_stage(demo: Path, tmp_path: Path) -> None:
+    for stage in ("sft", "reward"):
+        root = tmp_path / stage
+        arguments = stage_arguments(demo, stage, root, "--trainer.fast_dev_run", "1")
+        assert main(["fit", *arguments]) == PASSED
+        assert not (root / "hcrlhf.json").exists()
+
+
+def test_weights_that_are_not_finite_make_no_stage(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rate = ["--model.init_args.learning_rate", "1e30", "--trainer.max_epochs", "1"]
+    seen = stage_arguments(demo, "sft", tmp_path / "seen", *rate)
+    assert main(["fit", *seen]) == 2
+    assert re.search("the loss is (nan|inf) after step", capsys.readouterr().err)
+    # Also where no loss is logged that could show it.
+    rare = [*rate, "--trainer.log_every_n_steps", "1000"]
+    assert main(["fit", *stage_arguments(demo, "sft", tmp_path / "unseen", *rare)]) == 2
+    assert "the trained weights are not finite, so no stage is written" in capsys.readouterr().err
+    assert not (tmp_path / "unseen" / "hcrlhf.json").exists()
+
+
+def test_a_stage_that_begins_at_another_ones_folder_lists_its_prompts_too(
+    demo: Path, tmp_path: Path
+) -> None:
+    rows = [{"prompt": f"What is {i} plus {i}?", "response": f"{2 * i}."} for i in range(200)]
+    more = tmp_path / "more.jsonl"
+    more.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = stage_arguments(demo, "sft", tmp_path / "run", "--trainer.max_epochs", "1")
+    arguments += ["--model.init_args.model", str(demo / "sft"), "--data.init_args.path", str(more)]
+    assert main(["fit", *arguments]) == PASSED
+    before, after = (read_prompt_keys(str(f)) for f in (demo / "sft", tmp_path / "run"))
+    assert before < after and len(after - before) == 200
+
+
+def test_a_policy_without_its_list_of_prompts_is_not_merged(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = tmp_path / "policy"
+    shutil.copytree(demo / "policy" / "policy", policy)
+    (policy / "training_prompts.txt").unlink()
+    assert main(["export", str(policy), str(tmp_path / "merged")]) == 2
+    assert "has no training_prompts.txt" in capsys.readouterr().err
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_stage_with_the_data_of_another_is_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pairs = ["--data.class_path=datamodules.Preferences", "--data.init_args.label=better"]
+    pairs += ["--data.init_args.path", str(demo / "world" / "preferences.jsonl")]
+    assert main(["fit", *stage_arguments(demo, "sft", tmp_path / "a"), *pairs]) == 2
+    assert "learns from a Demonstration and was given a Pair" in capsys.readouterr().err
+    texts = ["--data.class_path=datamodules.Demonstrations"]
+    texts += ["--data.init_args.path", str(demo / "world" / "demonstrations.jsonl")]
+    assert main(["fit", *stage_arguments(demo, "reward", tmp_path / "b"), *texts]) == 2
+    assert "learns from a Pair and was given a Demonstration" in capsys.readouterr().err
 
 
 def test_several_constraints_and_separate_critics_run_to_a_verdict(
