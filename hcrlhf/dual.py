@@ -19,6 +19,9 @@ from hcrlhf.errors import InputError
 from hcrlhf.multiplier import Multiplier, MultiplierState
 from hcrlhf.samples import Floats
 
+RENEWAL = 10  # rollouts
+LARGEST = 5.0  # standard deviations
+
 
 class Dual:
     """C constraints, their multipliers, and what the rollouts so far say of their costs.
@@ -82,9 +85,13 @@ class Dual:
         return np.stack(rows), violations
 
     def _remember(self, costs: Floats) -> None:
-        """Keeps recent costs; renews every pessimism when they have been replaced once."""
+        """Keeps recent costs; renews every pessimism when they have been replaced once.
+
+        And at the latest after RENEWAL rollouts: small rollouts before a large safety test would
+        leave the whole run with what the first few costs said.
+        """
         capacity = max(c.safety_prompts for c in self.constraints)
-        every = max(1, capacity // costs.size)
+        every = min(max(1, capacity // costs.size), RENEWAL)
         self.recent = [*self.recent, *costs.tolist()][-capacity:]
         if self.rollouts % every == 0:
             count, m = len(self.constraints), self.validation_prompts
@@ -94,9 +101,14 @@ class Dual:
         self.rollouts += 1
 
     def step(self, violations: Sequence[float]) -> None:
-        """One step of every multiplier."""
+        """One step of every multiplier, to none of which g says more than ± LARGEST.
+
+        A rollout of costs that hardly differ has a small σ̄, and a g of 40 would send λ to its cap
+        in one step.
+        """
         self.states = [
-            self.multiplier.step(state, g) for state, g in zip(self.states, violations, strict=True)
+            self.multiplier.step(state, max(-LARGEST, min(LARGEST, g)))
+            for state, g in zip(self.states, violations, strict=True)
         ]
         self.steps_at_cap = [
             steps + 1 if value >= self.multiplier.maximum else 0

@@ -92,7 +92,8 @@ class RLOO(ClippedPolicy):
         """One advantage per response, on each of its tokens; no returns."""
         mask = rollout.tokens.response_mask
         returns = lagrangian_advantage(scores, multipliers) - kl_coefficient * rollout.kl.sum(dim=1)
-        # Other prompts' responses do not depend on this one either, so no K makes a bias.
+        # Other prompts' responses do not depend on this one either. Their pessimistic costs do,
+        # with K = 1: a share of 1 / (B - 1) of the spread's gradient is lost with the baseline.
         keys = rollout.keys if self.samples_per_prompt > 1 else ("",) * len(rollout.keys)
         advantages = leave_one_out(returns, keys)
         if self.standardise:

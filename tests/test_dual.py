@@ -308,3 +308,19 @@ def test_the_count_at_the_cap_begins_anew_when_a_multiplier_leaves_it() -> None:
         dual.step([g, -1.0])
         counts.append(dual.steps_at_cap)
     assert counts == [[1, 0], [2, 0], [0, 0], [1, 0]]
+
+
+def test_small_rollouts_before_a_large_test_renew_the_pessimism_too() -> None:
+    derived = Constraint("mean", -0.5, lower=-4.0, upper=4.0, safety_prompts=2000)
+    dual, seen = Dual([derived], ProjectedMultiplier()), []
+    for number in range(11):
+        dual.judge(rollout(number), different_prompts(20))
+        seen.append(dual.pessimisms[0])
+    assert len(set(seen[:10])) == 1 and seen[10] != seen[9]
+    assert len(dual.recent) == 220
+
+
+def test_one_rollout_does_not_send_a_multiplier_to_its_cap() -> None:
+    dual = Dual([MEAN, MEAN], ProjectedMultiplier(learning_rate=0.1, initial=1.0))
+    dual.step([40.0, -40.0])
+    assert dual.multipliers == [1.5, 0.5]
