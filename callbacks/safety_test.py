@@ -20,8 +20,8 @@ from hcrlhf.examples import EncodesExamples
 from hcrlhf.gate import Gate, Population, SafetyTrial
 from hcrlhf.hashing import folder_hashes, sha256, write_json
 from hcrlhf.human import HumanLabels
-from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import Schedule
+from hcrlhf.resume import FILE as CHECKPOINT
 from hcrlhf.safety import CostSamples, HoldsSafetyPrompts, SafetyTestable
 from hcrlhf.splits import require_disjoint
 
@@ -136,23 +136,24 @@ class SafetyTest(Callback):
         pl_module.constraints = self._gate(trainer).grant(self._configured)
 
     def _gate(self, trainer: Trainer) -> Gate:
-        folder = self._folder(trainer)
-        return Gate(
-            folder,
-            Path(self.ledger) if self.ledger else folder.parent / LEDGER_FILE,
+        return Gate.configured(
+            self._folder(trainer),
+            self.ledger,
             self.schedule,
             self.sequential,
-            Path(self.continues) if self.continues else None,
+            self.continues,
             self.human,
         )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         updates = cast(SafetyTestable, pl_module).updates
-        if updates == 0 and self._gate(trainer).has_begun():
+        folder = self._folder(trainer)
+        # Without a checkpoint a run can only be repeated, and finds its own plan again in the end.
+        if updates == 0 and (folder / CHECKPOINT).is_file() and self._gate(trainer).has_begun():
             raise InputError(
-                f"{self._folder(trainer)} holds the plan of a safety test that a run before this "
-                "one opened, and this one begins anew, with another policy: go on with that run "
-                "(--ckpt_path last), or choose another trainer.default_root_dir"
+                f"{folder} holds the plan of a safety test that a run before this one opened, and "
+                "this one begins anew: go on with that run (--ckpt_path last), or choose another "
+                "trainer.default_root_dir"
             )
         self._prepare(trainer, pl_module)
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
@@ -241,6 +242,8 @@ class SafetyTest(Callback):
             files,
             {**module.provenance(), "candidate_check": self.candidate_check},
             module.training_costs,
+            # After a training it is too late to refuse: whoever cannot go on takes the next test.
+            keep_other=trainer.state.fn == "test",
         ) as trial:
             self._sample(trial, pl_module)
             if not trial.passed():

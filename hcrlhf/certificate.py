@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from decimal import ROUND_CEILING, Decimal
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -33,7 +34,8 @@ SCHEMA = 2
 VERDICT_FILE, PLAN_FILE, CERTIFICATE_FILE = "verdict.json", "plan.json", "certificate.json"
 PAGE_FILE = "certificate.md"
 
-WEIGHTS = (".safetensors", ".bin")  # as transformers and PEFT name them
+# As transformers and PEFT name them.
+WEIGHTS = re.compile(r"\.safetensors$|(^|/)(pytorch|adapter)_model[^/]*\.bin$")
 Verdict = Literal["PASS", "NO_SOLUTION_FOUND", "NOT_TESTED"]
 
 
@@ -46,11 +48,9 @@ def weights_hash(policy_files: Mapping[str, str]) -> str:
     Raises:
         InputError: it has none, so that one policy could not be told from another.
     """
-    weights = {k: v for k, v in policy_files.items() if k.endswith(WEIGHTS)}
+    weights = {k: v for k, v in policy_files.items() if WEIGHTS.search(k)}
     if not weights:
-        raise InputError(
-            f"the policy has no weight file; expected one that ends in {' or '.join(WEIGHTS)}"
-        )
+        raise InputError("the policy has no weight file; expected *.safetensors or *_model*.bin")
     return json_hash(weights)
 
 
@@ -192,15 +192,19 @@ def read_verdict(path: Path) -> dict[str, Any] | None:
     """
     try:
         record = read_json(path)
-        words = (record["verdict"], record["reason"], record["plan_hash"])
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError:
+        record = None
+    known = isinstance(record, dict) and record.get("verdict") in get_args(Verdict)
+    if not known or not isinstance(record.get("plan_hash"), str | None):
         raise InputError(
-            f"{path} is not the verdict of a run ({type(error).__name__}); restore the file from a "
-            "copy, or choose another trainer.default_root_dir"
-        ) from error
-    return verdict_record(*words)
+            f"{path} is not the verdict of a run; restore the file from a copy, or choose another "
+            "trainer.default_root_dir"
+        )
+    return verdict_record(record["verdict"], str(record.get("reason")), record.get("plan_hash"))
 
 
 # -- the claim in words ----------------------------------------------------------------------------

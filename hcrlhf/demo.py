@@ -16,12 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
+from hcrlhf.certificate import PLAN_FILE
 from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
 from hcrlhf.constraint import Constraint
+from hcrlhf.doctor import granted
 from hcrlhf.errors import InputError
+from hcrlhf.hashing import read_json
 from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import forget
+from hcrlhf.preferences import squash_range
+from hcrlhf.stages import read_stage
 from hcrlhf.tables import retrospective_order
 from hcrlhf.world import WorldSizes, answer_kind, true_cost, true_reward, write_world
 
@@ -117,14 +123,23 @@ class Demo:
             print(f"  {time.monotonic() - begin:.0f} s", flush=True)
         self._say(7, "all three policies answer the evaluation prompts", self.folder / "evaluation")
         answers = {name: self._predict(name) for name in POLICIES}
-        plan = json.loads((self.folder / "policy" / "plan.json").read_text())
-        limits = [Constraint.read(record) for record in plan["constraints"]]
+        limits = self._limits()
         rows = [summarise(title, answers[name], limits) for name, title in POLICIES.items()]
         verdict = json.loads((self.folder / "policy" / "verdict.json").read_text())
         report = self._report(rows, limits, answers, verdict, time.monotonic() - start)
         (self.folder / "report.txt").write_text(report, encoding="utf-8")
         print("\n" + report)
         return PASSED if self._as_intended(codes) else NO_SOLUTION
+
+    def _limits(self) -> list[Constraint]:
+        """As they were tested; where no test was opened, as they would have been."""
+        folder = self.folder / "policy"
+        if (folder / PLAN_FILE).is_file():
+            return [Constraint.read(c) for c in read_json(folder / PLAN_FILE)["constraints"]]
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        squash = read_stage(str(self.folder / "cost"), "cost", "cost").squash
+        ends = squash_range(squash)
+        return [c.with_range(*ends) if ends else c for c in granted(config)]
 
     @staticmethod
     def _as_intended(codes: Mapping[str, int]) -> bool:

@@ -18,6 +18,7 @@ from hcrlhf.backbone import LoraOptions
 from hcrlhf.constraint import Constraint, PaperPessimism
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
+from hcrlhf.gate import Gate
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, read_stage
 from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer, one_line
@@ -230,7 +231,11 @@ def checks(config: Config, base: Base) -> list[Finding]:
     found = [_tokenizer(base)]
     if kind(config) == "Policy":
         prompts, validation = _prompts(config["data"])
-        found += [prompts, *_reach(_constraints(config), validation)]
+        found.append(prompts)
+        try:
+            found += _reach(granted(config), validation)
+        except InputError as error:
+            found.append(Finding("safety test", False, str(error)))
     else:
         found.append(_file(config["data"]["init_args"]["path"]))
     return found
@@ -279,6 +284,23 @@ def _built(described: Mapping[str, Any]) -> Any:
     """The object of a class_path with init_args."""
     module, _, name = described["class_path"].rpartition(".")
     return getattr(import_module(module), name)(**(described.get("init_args") or {}))
+
+
+def granted(config: Config) -> tuple[Constraint, ...]:
+    """The constraints of a policy's config, with the δ that its safety test would be granted now.
+
+    Raises:
+        InputError: they cannot be judged, or nothing is left of δ.
+    """
+    constraints = _constraints(config)
+    for callback in config["trainer"].get("callbacks") or []:
+        if callback["class_path"].rpartition(".")[2] == "SafetyTest":
+            options = dict(callback.get("init_args") or {})
+            known = ("ledger", "schedule", "sequential", "continues")
+            given = {name: options[name] for name in known if name in options}
+            gate = Gate.configured(Path(config["trainer"]["default_root_dir"]), **given)
+            return gate.grant(constraints)
+    return tuple(constraints)
 
 
 def _constraints(config: Config) -> list[Constraint]:

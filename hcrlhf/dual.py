@@ -107,7 +107,7 @@ class Dual:
         in one step.
         """
         self.states = [
-            self.multiplier.step(state, max(-LARGEST, min(LARGEST, g)))
+            self.multiplier.step(state, float(np.clip(g, -LARGEST, LARGEST)))
             for state, g in zip(self.states, violations, strict=True)
         ]
         self.steps_at_cap = [

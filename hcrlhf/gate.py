@@ -34,6 +34,7 @@ from hcrlhf.hashing import (
     write_text,
 )
 from hcrlhf.human import FORM_FILE, HumanLabels, committed, form_rows, write_form
+from hcrlhf.ledger import FILE as LEDGER_FILE
 from hcrlhf.ledger import Ledger, Schedule, Test
 from hcrlhf.safety import CostSamples
 
@@ -91,6 +92,20 @@ class Gate:
     human: HumanLabels | None = None
     state: Path | None = None
 
+    @staticmethod
+    def configured(
+        folder: Path,
+        ledger: str | None = None,
+        schedule: Schedule = "halving",
+        sequential: bool = False,
+        continues: str | None = None,
+        human: HumanLabels | None = None,
+    ) -> Gate:
+        """The gate of the run in `folder`, by the options of its `callbacks.SafetyTest`."""
+        path = Path(ledger) if ledger else folder.parent / LEDGER_FILE
+        earlier = Path(continues) if continues else None
+        return Gate(folder, path, schedule, sequential, earlier, human)
+
     # -- before training -----------------------------------------------------------------------
 
     def grant(self, constraints: Sequence[Constraint]) -> tuple[Constraint, ...]:
@@ -100,6 +115,9 @@ class Gate:
             InputError: nothing is left of δ, the ledger is damaged or belongs to another claim, or
                 the constraints cannot be judged in this mode.
         """
+        require_writable(self.ledger.parent, "callbacks.SafetyTest, ledger")
+        if self.ledger.exists() and not os.access(self.ledger, os.W_OK):
+            raise InputError(f"the ledger {self.ledger} is not yours to write to")
         sizes = {c.safety_prompts for c in constraints}
         if len(sizes) > 1:
             raise InputError(
@@ -133,7 +151,6 @@ class Gate:
     def _read(self) -> Ledger | None:
         if self.ledger.exists():
             return ledgers.read(self.ledger, self.state)
-        require_writable(self.ledger.parent, "callbacks.SafetyTest, ledger")
         ledgers.refuse_vanished(self.ledger, self.state)
         return None
 
@@ -168,6 +185,7 @@ class Gate:
         policy_files: Mapping[str, str],
         provenance: Mapping[str, Any],
         training_costs: Sequence[float] = (),
+        keep_other: bool = False,
     ) -> Iterator[SafetyTrial]:
         """Opens this plan's test in the ledger, or goes on with it where it is open already.
 
@@ -176,6 +194,7 @@ class Gate:
             policy_files: SHA-256 of every file of the policy.
             training_costs: from which an η is taken that is not configured, for the δ that is
                 granted.
+            keep_other: refuse to put this plan in the place of another test's.
 
         Raises:
             InputError: δ or prompts are spent, an η is missing, or another process runs this test.
@@ -195,6 +214,8 @@ class Gate:
 
                 planned = self._known(ledger, plan)
                 if planned is None:
+                    if keep_other:
+                        self._refuse_another_plan(ledger)
                     number = earlier.test.number if earlier else ledger.next_test
                     planned = plan(number, ledger.head, ledger.spent())
                     arguments = (json_hash(planned.plan), planned.order, self.state)
@@ -229,6 +250,18 @@ class Gate:
             if json_hash(planned.plan) == line["plan"]:
                 return planned
         return None
+
+    def _refuse_another_plan(self, ledger: Ledger) -> None:
+        """
+        Raises:
+            InputError: the folder holds the plan of another test, which would be written over.
+        """
+        if (begun := self._begun(ledger)) is not None:
+            raise InputError(
+                f"{self.folder} holds the plan of test {begun.number} of {self.ledger}, which was "
+                "for another policy, other limits or other settings; end that one by the command "
+                "that began it, and run this one in another folder"
+            )
 
     def _plan(
         self,

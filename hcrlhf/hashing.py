@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -42,6 +43,17 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def source_file(thing: Any) -> Path | None:
+    """The Python file that defines a class, a function, or the class of any other object."""
+    thing = inspect.unwrap(thing) if callable(thing) else thing
+    plain = inspect.isclass(thing) or inspect.isroutine(thing)
+    try:
+        path = inspect.getsourcefile(thing if plain else type(thing))
+    except TypeError:  # a built-in one
+        return None
+    return Path(path).resolve() if path and Path(path).is_file() else None
+
+
 def folder_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file in the folder, by its path relative to it."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -64,7 +76,7 @@ def require_writable(folder: Path, key: str) -> None:
         raise InputError(f"{key} {_cut(folder)}: {error.strerror}; give another place") from error
     if not above.is_dir():
         raise InputError(f"{key} {_cut(folder)}: {_cut(above)} is a file; give another place")
-    if not os.access(above, os.W_OK):
+    if not os.access(above, os.W_OK | os.X_OK):
         raise InputError(f"{key} {_cut(folder)}: {_cut(above)} is not yours to write to")
 
 

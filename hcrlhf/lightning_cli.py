@@ -33,7 +33,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
 from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
 from hcrlhf import resume
-from hcrlhf.certificate import VERDICT_FILE, read_verdict, verdict_record
+from hcrlhf.certificate import PLAN_FILE, VERDICT_FILE, read_verdict, verdict_record
 from hcrlhf.cli import (
     INTERRUPTED,
     NO_SOLUTION,
@@ -226,7 +226,8 @@ class CLI(LightningCLI):
                 "a limit on their norm would then cut; use bf16-mixed or 32-true"
             )
         folder = Path(trainer.default_root_dir)
-        require_writable(folder, "trainer.default_root_dir")
+        if self.subcommand != "validate":
+            require_writable(folder, "trainer.default_root_dir")
         for key in LIMITS[str(self.subcommand)]:
             if trainer[key] == 0:
                 raise InputError(f"trainer.{key} is 0, so {self.subcommand} would do nothing")
@@ -277,17 +278,19 @@ class CLI(LightningCLI):
     def _require_no_verdict(self) -> None:
         """
         Raises:
-            InputError: without a safety test, in the folder of one that has ended.
+            InputError: without a safety test, in the folder of one.
         """
         path = Path(self.trainer.default_root_dir) / VERDICT_FILE
         tests = any(isinstance(c, SafetyTest) for c in self.trainer.callbacks)  # type: ignore[attr-defined]
         if tests or not isinstance(self.model, Policy):
             return
         record = read_verdict(path)
-        if record is not None and record["plan_hash"] is not None:
+        ended = record is not None and record["plan_hash"] is not None
+        if ended or path.with_name(PLAN_FILE).is_file():
             raise InputError(
-                f"{path} says {record['verdict']}, and this config has no callbacks.SafetyTest, so "
-                "that it would be written over; choose another trainer.default_root_dir"
+                f"{path.parent} holds a safety test, and this config has no callbacks.SafetyTest, "
+                "so that its verdict would be written over; choose another "
+                "trainer.default_root_dir"
             )
 
     def before_fit(self) -> None:

@@ -9,13 +9,12 @@ first half aimed at another limit is not the run that its config.yaml describes.
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import pickle
 import random
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +22,13 @@ import numpy as np
 import torch
 
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import file_sha256, json_hash
+from hcrlhf.hashing import file_sha256, json_hash, source_file
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.text import one_line
 
 FILE = Path("checkpoints", "last.ckpt")  # in the run folder
 KEY = "run"  # of the checkpoint: what `describe` says
+INSTALLED = ("stdlib", "platstdlib", "purelib", "platlib")  # not in editable form
 OWN = frozenset({"hcrlhf", "lightning_modules", "datamodules", "callbacks"})
 
 # Learning rates, memory, and what only later commands read. β only where it is not steered.
@@ -110,21 +110,22 @@ def named_code(settings: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def source_identity(name: str) -> str | None:
-    """A hash of the file that defines a user's class or function; None: not a user's, or no file.
+    """A hash of a user's class or function: its name, and the file that defines it.
 
-    Of installed packages, this one among them, the version is what tells.
+    None: it is this project's, Python's or of an installed package; or there is no file.
     """
-    top, _, _ = name.partition(".")
-    if top in OWN or top in metadata.packages_distributions():
+    module, _, own = name.rpartition(".")
+    if name.partition(".")[0] in OWN:
         return None
     try:
-        module = importlib.import_module(name.rpartition(".")[0])
-        thing = inspect.unwrap(getattr(module, name.rpartition(".")[2]))
-        routine = inspect.isclass(thing) or inspect.isroutine(thing)
-        file = inspect.getsourcefile(thing if routine else type(thing))
+        file = source_file(getattr(importlib.import_module(module), own))
     except (Exception, SystemExit):  # whoever makes an object of it says what is wrong
         return None
-    return file_sha256(Path(file)) if file and Path(file).is_file() else None
+    if file is None or any(
+        file.is_relative_to(Path(sysconfig.get_path(p)).resolve()) for p in INSTALLED
+    ):
+        return None
+    return json_hash([name, file_sha256(file)])
 
 
 def _by_class(callbacks: Any) -> dict[str, Any]:
@@ -141,7 +142,10 @@ def _by_class(callbacks: Any) -> dict[str, Any]:
 def _get(settings: Settings, key: str) -> Any:
     value: Any = settings
     for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
+        if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+            value = value[int(name)]
+        else:
+            value = value.get(name) if isinstance(value, Mapping) else None
     return value
 
 

@@ -7,7 +7,6 @@ as text, and renders and tokenises them itself. Positive cost = harmful.
 from __future__ import annotations
 
 import importlib
-import inspect
 import math
 import traceback
 import warnings
@@ -23,7 +22,7 @@ import torch
 from hcrlhf.classifier import Classifier, Dtype, load_classifier
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, user_turn
-from hcrlhf.hashing import file_sha256, sha256
+from hcrlhf.hashing import file_sha256, sha256, source_file
 from hcrlhf.preferences import check_squash, squash_range
 from hcrlhf.samples import Floats
 from hcrlhf.stages import ScoreMoments, fingerprint, read_classifier_stage, read_prompt_keys
@@ -146,10 +145,14 @@ class Scorer(ABC):
             return self._checked(prompts, responses)
         try:
             return self._checked(prompts, responses)
-        except Exception as error:
-            cause = error.__cause__ or error
-            place = traceback.extract_tb(cause.__traceback__)[-1]
-            kind, where = type(cause).__name__, f"{Path(place.filename).name}, line {place.lineno}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
+            # The scorer's own error, unless it was never raised.
+            cause = error.__cause__
+            told = cause if cause is not None and cause.__traceback__ else error
+            place = traceback.extract_tb(told.__traceback__)[-1]
+            kind, where = type(told).__name__, f"{Path(place.filename).name}, line {place.lineno}"
         # Outside of the handler: the error, whose text may hold a prompt, is not shown with ours.
         raise RuntimeError(
             f"{self.name} could not score responses to safety prompts ({kind} in {where}); what it "
@@ -254,16 +257,13 @@ def source_hash(thing: Any, name: str) -> str:
     Raises:
         InputError: there is none, so that no certificate could say what was tested.
     """
-    try:
-        path = inspect.getsourcefile(thing)
-    except TypeError:
-        path = None
-    if path is None or not Path(path).is_file():
+    path = source_file(thing)
+    if path is None:
         raise InputError(
             f"{name} has no source file, so a certificate could not say what scored the responses; "
             "put it into a Python file"
         )
-    return file_sha256(Path(path))
+    return file_sha256(path)
 
 
 class PythonScorer(Scorer):
@@ -305,12 +305,10 @@ class PythonScorer(Scorer):
         return scores
 
     def provenance(self) -> dict[str, Any]:
-        function = inspect.unwrap(self.function)
-        thing = function if inspect.isroutine(function) else type(function)
         return {
             "class_path": "hcrlhf.scorers.PythonScorer",
             "function": self.path,
-            "source": source_hash(thing, self.name),
+            "source": source_hash(self.function, self.name),
             "squash": self.squash,
             "range": self.cost_range and list(self.cost_range),
         }

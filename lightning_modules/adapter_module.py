@@ -191,13 +191,15 @@ class StageModule(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """
         Raises:
-            InputError: the loss is not finite, seen when it is logged.
+            InputError: the loss is not finite, in the steps that are logged; in all processes.
         """
         loss = outputs.get("loss") if isinstance(outputs, dict) else None  # a policy has its own
-        if loss is None or (batch_idx + 1) % self.trainer.log_every_n_steps:  # type: ignore[attr-defined]
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if loss is None or not every or self.global_step % every:
             return
-        if not bool(loss.isfinite()):
-            raise InputError(f"the loss is {float(loss)} after step {self.global_step}; {LOWER}")
+        bad = not bool(loss.isfinite())
+        if self.trainer.strategy.reduce_boolean_decision(bad, all=False):
+            raise InputError(f"the loss is not finite after step {self.global_step}; {LOWER}")
 
     def may_save_stage(self) -> bool:
         """Whether this process writes the stage's folder, at the end of training.

@@ -772,7 +772,9 @@ def test_joined_samples_keep_rows_together() -> None:
 def test_weights_in_any_format_are_the_policys_identity() -> None:
     whole = {"config.json": "1" * 64, "pytorch_model.bin": "a" * 64}
     assert weights_hash(whole) != weights_hash(whole | {"pytorch_model.bin": "b" * 64})
-    with pytest.raises(InputError, match="has no weight file; expected one that ends in"):
+    # Of settings that a trainer left beside them nothing depends.
+    assert weights_hash(whole) == weights_hash(whole | {"training_args.bin": "c" * 64})
+    with pytest.raises(InputError, match="has no weight file; expected"):
         weights_hash({"config.json": "1" * 64})
 
 
@@ -791,7 +793,9 @@ def test_a_plan_says_in_words_which_policy_is_tested(
     assert candidate_words(provenance).endswith(words)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"verdict": "PASS"}', '"PASS"'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"verdict": 3}', '{"verdict": "PASS", "plan_hash": {}}', '"PASS"']
+)
 def test_a_verdict_that_no_run_wrote_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "verdict.json"
     assert read_verdict(path) is None

@@ -1,5 +1,6 @@
 """A run that breaks off goes on with --ckpt_path last as if nothing had been, or says why not."""
 
+import copy
 import json
 import os
 import random
@@ -114,21 +115,39 @@ def test_a_users_code_that_was_changed_meanwhile_is_another_run(
 ) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     path = tmp_path / "users_own.py"
-    path.write_text("class Learner: pass\ndef cost(prompts, responses): return [0]\n")
+    text = "class Learner: pass\nclass Other: pass\ndef cost(prompts, responses): return [0]\n"
+    path.write_text(text + "def other(prompts, responses): return [5]\n")
     scorer = {"class_path": "hcrlhf.scorers.PythonScorer"}
     scorer["init_args"] = {"function": "users_own.cost"}  # type: ignore[assignment]
     options = {"cost": scorer, "learner": {"class_path": "users_own.Learner"}}
     options["multiplier"] = {"class_path": "hcrlhf.multiplier.PIDMultiplier"}
-    config = {"model": {"class_path": "lightning_modules.Policy", "init_args": options}}
+    config: Any = {"model": {"class_path": "lightning_modules.Policy", "init_args": options}}
     before = describe(config)
     keys = {"model.init_args.cost.init_args.function", "model.init_args.learner.class_path"}
     assert before["inputs"].keys() == keys
     assert changes(before, describe(config)) == []
+    # Another name in the same file, with other options.
+    swapped = copy.deepcopy(config)
+    swapped["model"]["init_args"]["cost"]["init_args"]["function"] = "users_own.other"
+    swapped["model"]["init_args"]["learner"] = {"class_path": "users_own.Other", "init_args": {}}
+    assert {change.key for change in changes(before, describe(swapped))} == keys
     path.write_text(path.read_text().replace("[0]", "[1]"))
     found = changes(before, describe(config))
     assert {change.key for change in found} == keys
     assert all(change.new == "other content in the same place" for change in found)
     assert not any(may_change(key, config) for key in keys)
+    # What is Python's, or installed, is not the user's; a bound in a list is.
+    assert resume.source_identity("functools.partial") is None
+    assert resume.source_identity("torch.nn.Linear") is None
+    limits = {"constraints": [{"bound": {"class_path": "users_own.Other"}}]}
+    config = {"model": {"class_path": "lightning_modules.Policy", "init_args": limits}}
+    before = describe(config)
+    path.write_text(path.read_text() + "\n")
+    (change,) = changes(before, describe(config))
+    assert str(change) == (
+        "model.init_args.constraints.0.bound.class_path: users_own.Other → other content in the "
+        "same place"
+    )
     # What cannot be imported is for its own class to refuse.
     assert resume.source_identity("users_own.missing") is None
     assert resume.source_identity("no.such.module") is None

@@ -100,6 +100,24 @@ def test_the_demo_reports_three_policies_the_verdict_and_where_it_wrote(demo: Pa
         assert len(predictions) == SIZES.evaluation
 
 
+def test_a_demo_whose_candidate_fails_its_check_reports_that(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hcrlhf.lightning_cli import run
+
+    folder = tmp_path / "demo"
+    limits = LIMIT % -3
+    overrides = OVERRIDES | {"policy": [*SMALL, f"--model.init_args.constraints={limits}"]}
+    assert Demo(folder, 0, run, SIZES, overrides).run() == NO_SOLUTION
+    report = (folder / "report.txt").read_text()
+    assert "no solution found: the forecast on validation prompts lies above a limit" in report
+    assert re.search(r"^limit +-3.00$", report, re.MULTILINE)
+    assert not (folder / "policy" / "plan.json").exists()
+    capsys.readouterr()
+    assert main(["unseal", str(folder / "policy")]) == 2
+    assert "is not the sealed result of a test" in capsys.readouterr().err
+
+
 def test_every_stage_leaves_a_folder_that_the_next_one_reads(demo: Path) -> None:
     for role in ("sft", "reward", "cost"):
         stage = read(demo / role / "hcrlhf.json")
@@ -474,13 +492,37 @@ def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
         patch.setattr(SafetyTest, "_sample", broken)
         with pytest.raises(RuntimeError, match="lightning strikes"):
             fit(demo, root, *ALWAYS, tested())
-    before = folder_hashes(root)
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "training_step", broken)
         assert fit(demo, root, *ALWAYS, tested(), "--model.init_args.seed", "1") == 2
     assert "holds the plan of a safety test that a run before" in capsys.readouterr().err
-    assert folder_hashes(root) == before
+    # Nor does another policy that is tested in its folder.
+    given = ["--policy", str(demo / "policy" / "policy")]
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS, tested()), *given]) == 2
+    assert "holds the plan of test 1 of" in capsys.readouterr().err
+    assert read(root / "plan.json")["provenance"]["given"] is None
     assert fit(demo, root, *ALWAYS, tested(), "--ckpt_path", "last") == PASSED
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_without_checkpoints_that_is_repeated_finds_its_own_test_again(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from callbacks import SafetyTest
+
+    root = tmp_path / "run"
+    test = '{"class_path": "callbacks.SafetyTest", "init_args": {"candidate_check": false}}'
+    callbacks = f"--trainer.callbacks=[{test}]"
+
+    def broken(*arguments: Any) -> None:
+        raise RuntimeError("lightning strikes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetyTest, "_sample", broken)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *ALWAYS, callbacks)
+    assert fit(demo, root, *ALWAYS, callbacks) == PASSED
+    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_verdict_is_not_written_over_and_there_is_one_safety_test(
@@ -493,8 +535,14 @@ def test_a_verdict_is_not_written_over_and_there_is_one_safety_test(
     for command in (["fit"], ["test", *checkpoint]):
         arguments = policy_arguments(demo, root, *ALWAYS, "--trainer.callbacks=[]")
         assert main([*command, *arguments]) == 2
-        assert "says PASS, and this config has no callbacks.SafetyTest" in capsys.readouterr().err
+        assert "holds a safety test, and this config has no callba" in capsys.readouterr().err
     assert folder_hashes(root) == before
+    (root / "verdict.json").unlink()  # an open test has none
+    assert main(["fit", *policy_arguments(demo, root, *ALWAYS, "--trainer.callbacks=[]")]) == 2
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "verdict.json").write_text('{"verdict": 3}')
+    assert fit(demo, tmp_path / "none", *ALWAYS, "--trainer.callbacks=[]") == 2
+    assert "is not the verdict of a run" in capsys.readouterr().err
     test = '{"class_path": "callbacks.SafetyTest"}'
     refuse(
         demo,
@@ -507,12 +555,17 @@ def test_a_verdict_is_not_written_over_and_there_is_one_safety_test(
 
 
 def test_a_ledger_that_could_not_be_written_is_refused_before_training(
-    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
     ledger = str(tmp_path / "file" / "ledger.jsonl")
     expected = "callbacks.SafetyTest, ledger .*file is a file; give another place"
     refuse(demo, tmp_path, capsys, expected, *ALWAYS, tested(ledger=ledger))
+    assert fit(demo, tmp_path / "first", *ALWAYS, tested()) == PASSED
+    own = tmp_path / "ledger.jsonl"
+    honest = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != own and honest(path, mode))
+    refuse(demo, tmp_path, capsys, "ledger.jsonl is not yours to write", *ALWAYS, tested())
 
 
 def test_another_scale_of_the_same_weights_is_another_policy(demo: Path, tmp_path: Path) -> None:
@@ -706,9 +759,9 @@ def test_weights_that_are_not_finite_make_no_stage(
     rate = ["--model.init_args.learning_rate", "1e30", "--trainer.max_epochs", "1"]
     seen = stage_arguments(demo, "sft", tmp_path / "seen", *rate)
     assert main(["fit", *seen]) == 2
-    assert re.search("the loss is (nan|inf) after step", capsys.readouterr().err)
+    assert "the loss is not finite after step" in capsys.readouterr().err
     # Also where no loss is logged that could show it.
-    rare = [*rate, "--trainer.log_every_n_steps", "1000"]
+    rare = [*rate, "--trainer.log_every_n_steps", "0"]
     assert main(["fit", *stage_arguments(demo, "sft", tmp_path / "unseen", *rare)]) == 2
     assert "the trained weights are not finite, so no stage is written" in capsys.readouterr().err
     assert not (tmp_path / "unseen" / "hcrlhf.json").exists()

@@ -1,5 +1,6 @@
 """External scorers: what they are refused for, and whole policy runs with them."""
 
+import asyncio
 import json
 import math
 import shutil
@@ -83,6 +84,14 @@ def refusing(prompts: list[Any], responses: list[str]) -> Any:
     raise InputError(f"cannot score {responses[0]} to {prompts[0][-1]['content']}")
 
 
+def chained(prompts: list[Any], responses: list[str]) -> Any:
+    raise InputError(f"cannot score {responses[0]}") from ValueError("never raised")
+
+
+def cancelled(prompts: list[Any], responses: list[str]) -> Any:
+    raise asyncio.CancelledError(f"cannot score {responses[0]}")
+
+
 def same(prompts: list[Any], responses: list[str]) -> list[float]:
     return [1.0] * len(responses)
 
@@ -157,6 +166,8 @@ def test_later_a_scorer_that_breaks_is_named_and_nan_is_left_to_the_caller() -> 
         ("refusing", "InputError in test_scorers.py, line "),
         ("words", "TypeError in scorers.py, line "),
         ("leaving", "SystemExit in test_scorers.py, line "),
+        ("chained", "InputError in test_scorers.py, line "),
+        ("cancelled", "CancelledError in test_scorers.py, line "),
     ],
 )
 def test_of_a_scorer_that_fails_on_safety_prompts_only_the_kind_is_said(
