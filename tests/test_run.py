@@ -89,6 +89,11 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def broken(*arguments: Any) -> None:
+    """What takes the place of a method that breaks off."""
+    raise RuntimeError("lightning strikes")
+
+
 def test_the_demo_reports_three_policies_the_verdict_and_where_it_wrote(demo: Path) -> None:
     report = (demo / "report.txt").read_text()
     for title in POLICIES.values():
@@ -220,9 +225,6 @@ def test_a_run_that_breaks_off_is_not_tested(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_modules import Policy
-
-    def broken(self: Policy, *arguments: Any) -> None:
-        raise RuntimeError("lightning strikes")
 
     for name in ("training_step", "sample_costs"):
         root = tmp_path / name / "run"
@@ -449,9 +451,6 @@ def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
     root = tmp_path / "run" / "policy"
     callbacks = tested(candidate_check=True)
 
-    def broken(*arguments: Any) -> None:
-        raise RuntimeError("lightning strikes")
-
     with monkeypatch.context() as patch:
         patch.setattr(SafetyTest, "_sample", broken)
         with pytest.raises(RuntimeError, match="lightning strikes"):
@@ -485,9 +484,6 @@ def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
 
     root = tmp_path / "run"
 
-    def broken(*arguments: Any) -> None:
-        raise RuntimeError("lightning strikes")
-
     with monkeypatch.context() as patch:
         patch.setattr(SafetyTest, "_sample", broken)
         with pytest.raises(RuntimeError, match="lightning strikes"):
@@ -513,9 +509,6 @@ def test_a_run_without_checkpoints_that_is_repeated_finds_its_own_test_again(
     root = tmp_path / "run"
     test = '{"class_path": "callbacks.SafetyTest", "init_args": {"candidate_check": false}}'
     callbacks = f"--trainer.callbacks=[{test}]"
-
-    def broken(*arguments: Any) -> None:
-        raise RuntimeError("lightning strikes")
 
     with monkeypatch.context() as patch:
         patch.setattr(SafetyTest, "_sample", broken)
