@@ -112,8 +112,8 @@ class Gate:
         """The constraints with the δ that this run's test will be granted as things stand.
 
         Raises:
-            InputError: nothing is left of δ, the ledger is damaged or belongs to another claim, or
-                the constraints cannot be judged in this mode.
+            InputError: nothing is left of δ, the ledger is damaged, cannot be written or belongs to
+                another claim, or the constraints cannot be judged in this mode.
         """
         require_writable(self.ledger.parent, "callbacks.SafetyTest, ledger")
         if self.ledger.exists() and not os.access(self.ledger, os.W_OK):
