@@ -174,13 +174,17 @@ def config(layer: str) -> Path:
 
 def shipped() -> str:
     """What of the shipped config decides how much a run can learn, in words."""
-    policy, long = (yaml.safe_load(config(name).read_text()) for name in ("policy", "long"))
+    reward, policy, long = (
+        yaml.safe_load(config(name).read_text()) for name in ("reward", "policy", "long")
+    )
     data = policy["data"]["init_args"] | long["data"]["init_args"]
     learners = (c["model"]["init_args"]["learner"]["init_args"] for c in (policy, long))
     learner = {key: value for given in learners for key, value in given.items()}
     return (
         f"{data['updates']} updates of {data['prompts_per_update']} responses, "
-        f"{learner['epochs']} x {learner['minibatches']} steps"
+        f"{learner['epochs']} x {learner['minibatches']} steps, "
+        f"KL coefficient {policy['model']['init_args']['kl_coefficient']}, "
+        f"reward model of {reward['trainer']['max_epochs']} epochs"
     )
 
 

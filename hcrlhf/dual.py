@@ -57,10 +57,11 @@ class Dual:
         return [state.value for state in self.states]
 
     def judge(self, costs: Floats, keys: Sequence[str]) -> tuple[Floats, list[float]]:
-        """Pessimistic costs (C, B) and the violation g of each constraint, in units of σ̄.
+        """What of each pessimistic cost lies above the target (C, B), and the violations g.
 
-        In these units λ means the same whatever a cost's scale. A σ̄ below the constraint's floor
-        stays what it is in the margin k σ̄, and is the floor where something is divided by it.
+        Both in units of σ̄: (c̃ - τ) / σ̄, whose mean is g up to what s² differs from σ̄². In these
+        units λ means the same whatever a cost's scale. A σ̄ below the constraint's floor stays what
+        it is in the margin k σ̄, and is the floor where something is divided by it.
 
         Args:
             costs: (B,), finite, of one rollout. keys: its B prompt keys.
@@ -78,8 +79,10 @@ class Dual:
             current = float(spread.mean()) / 2
             std = variance.std(current)
             unit = max(std, constraint.std_floor)
-            rows.append(pessimistic_costs(values, spread, pessimism, unit) / unit)
             target = constraint.training_target(len(self.constraints), self.validation_prompts)
+            punished = pessimistic_costs(values, spread, pessimism, unit)
+            # A critic of c̃ / σ̄, whose mean is not near 0, would have to follow every move of σ̄.
+            rows.append((punished - target) / unit)
             violations.append(violation(float(values.mean()), std, pessimism, target, unit))
             variance.update(current)
         return np.stack(rows), violations

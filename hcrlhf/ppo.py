@@ -1,8 +1,9 @@
 """PPO-Lagrangian: token rewards, advantages and clipped losses, one stream per critic.
 
-Streams: index 0 is the reward, index 1 + j is constraint j's pessimistic cost. Tensors are
-(B, T) per stream or (S, B, T); `mask` is True for response tokens (the stop token included), and
-every mask row is a prefix: True up to the last token, then False.
+Streams: index 0 is the reward, index 1 + j is by how much constraint j's pessimistic cost exceeds
+its target (`Dual.judge`). Tensors are (B, T) per stream or (S, B, T); `mask` is True for response
+tokens (the stop token included), and every mask row is a prefix: True up to the last token, then
+False.
 KL is E_policy[log π_θ - log π_ref] and is estimated per token by the k1 estimator.
 """
 

@@ -196,10 +196,17 @@ def test_a_rollout_is_judged_by_the_means_and_variances_of_its_constraints() -> 
         values = c.values(costs)
         std = values.std(ddof=1)  # the first rollout has no other
         k = 0.25 if c is MEAN else 0.0
-        # mean(c̃) = μ̂ + k s²/σ̄, and g, both in units of σ̄.
-        assert row.mean() * std == pytest.approx(values.mean() + k * std)
+        # mean(c̃) = μ̂ + k s²/σ̄: on the first rollout s is σ̄, and the mean of c̃ - τ is g.
         expected = (values.mean() + k * std - c.training_target(2)) / std
-        assert g == pytest.approx(expected)
+        assert [row.mean(), g] == pytest.approx([expected, expected])
+        np.testing.assert_allclose(
+            row,
+            (
+                pessimistic_costs(values, pairwise_spread(values, keys), k, std)
+                - c.training_target(2)
+            )
+            / std,
+        )
 
 
 def test_costs_that_hardly_vary_are_not_punished_where_their_test_is_sure_to_be_passed() -> None:
@@ -219,7 +226,7 @@ def test_costs_that_hardly_vary_are_not_punished_where_their_test_is_sure_to_be_
 def test_costs_that_do_not_vary_have_a_finite_unit() -> None:
     dual = Dual([MEAN], ProjectedMultiplier())
     rows, violations = dual.judge(np.full(20, -1.0), different_prompts(20))
-    np.testing.assert_allclose(rows[0], -1.0 / MEAN.std_floor)
+    np.testing.assert_allclose(rows[0], (-1.0 - -0.5) / MEAN.std_floor)
     assert violations == [pytest.approx((-1.0 - -0.5) / MEAN.std_floor)]
 
 
