@@ -45,8 +45,10 @@ CELLS: list[dict[str, Any]] = [
     {"kind": "ppo", "batch": 32, "epochs": 1, "minibatches": 1},
     {"kind": "ppo", "batch": 64, "epochs": 1, "minibatches": 1},
     {"kind": "ppo", "batch": 64, "epochs": 2, "minibatches": 2},
+    {"kind": "ppo", "batch": 64, "epochs": 1, "minibatches": 4},  # as configs/demo/long.yaml
     {"kind": "rloo", "batch": 32, "epochs": 1, "minibatches": 1},
     {"kind": "rloo", "batch": 64, "epochs": 1, "minibatches": 1},
+    {"kind": "rloo", "batch": 64, "epochs": 1, "minibatches": 4},  # as rloo.yaml and long.yaml
     {"kind": "reward", "batch": 16, "epochs": 1, "minibatches": 1},
 ]
 
@@ -364,6 +366,8 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     for cell in CELLS:
         if options.only and cell["kind"] not in options.only:
             continue
+        if options.minibatches and cell["minibatches"] != options.minibatches:
+            continue
         c = full_cell(cell, options.steps)
         times: dict[str, list[float]] = {"ours": [], "trl": []}
         for _ in range(options.repeats):
@@ -372,7 +376,15 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
                 print(f"{c['kind']} batch {c['batch']} {side}: {times[side][-1]:.3f} s", flush=True)
         ratios = [t / o for o, t in zip(times["ours"], times["trl"], strict=True)]
         rows.append({**c, "seconds": times, "ratio": median(ratios), "ratios": ratios})
+        rows[-1]["machine"] = machine()
     return rows
+
+
+def merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of now in the place of those of the same cell, which keep their order in CELLS."""
+    rows = [*before, *now]
+    last = [[r for r in rows if r.items() >= cell.items()][-1:] for cell in CELLS]
+    return [row for found in last for row in found]
 
 
 def profile(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -410,20 +422,23 @@ def growth(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def page(record: Mapping[str, Any]) -> str:
-    machine = record["machine"]
     lines = [
         "# Throughput",
         "",
         "Written by `benchmarks/throughput.py`; its docstring says what is compared.",
         "",
-        f"{machine['threads']} threads of {machine['cpu']}, {machine['system']}; torch "
-        f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}; "
-        f"{record['repeats']} alternating pairs of runs of {record['steps']} steps each; a run's "
-        "figure is the median of its steps after the first, the table's the median of the runs.",
+        "Alternating pairs of runs; a run's figure is the median of its steps after the first, the "
+        "table's the median of the runs. Compare the two sides of a row, and not rows of different "
+        "machines:",
+        "",
+    ]
+    machines = list(dict.fromkeys(described(row["machine"]) for row in record["comparison"]))
+    lines += [f"- {number}: {words}" for number, words in enumerate(machines, start=1)]
+    lines += [
         "",
         "| | batch | epochs × minibatches | ours, s | TRL, s | ours, samples/s | TRL, samples/s | "
-        "ratio (each pair) |",
-        "|---|---|---|---|---|---|---|---|",
+        "ratio (each pair) | machine |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     names = {
         "ppo": "PPO-Lagrangian, six roles, against PPO of TRL 1.9",
@@ -436,11 +451,11 @@ def page(record: Mapping[str, Any]) -> str:
         lines.append(
             f"| {names[row['kind']]} | {row['batch']} | {row['epochs']} × {row['minibatches']} | "
             f"{a:.2f} | {b:.2f} | {row['batch'] / a:.1f} | {row['batch'] / b:.1f} | "
-            f"**{row['ratio']:.2f}** ({each}) |"
+            f"**{row['ratio']:.2f}** ({each}) | {machines.index(described(row['machine'])) + 1} |"
         )
     lines += [
         "",
-        "Where the time of one of our updates goes:",
+        f"Where the time of one of our updates goes ({described(record['machine'])}):",
         "",
         "| | batch | epochs × minibatches | generation | forward | backward | optimizer | rest |",
         "|---|---|---|---|---|---|---|---|",
@@ -451,6 +466,22 @@ def page(record: Mapping[str, Any]) -> str:
         lines.append(f"| {row['kind']} | {row['batch']} | {passes} | {shares} |")
     lines += ["", "![seconds per update](../../docs/plots/throughput.png)", ""]
     return "\n".join(lines)
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cpu": cpu_name(),
+        "system": platform.platform(terse=True),
+        "threads": torch.get_num_threads(),
+        **{name: version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def described(machine: Mapping[str, Any]) -> str:
+    return (
+        f"{machine['threads']} threads of {machine['cpu']}, {machine['system']}; torch "
+        f"{machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"
+    )
 
 
 def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -491,6 +522,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", choices=["ppo", "rloo", "reward"])
+    parser.add_argument("--minibatches", type=int, help="compare only the cells with as many")
     parser.add_argument("--parts", nargs="*", default=["comparison", "profile", "growth"])
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--cell", type=json.loads, help=argparse.SUPPRESS)
@@ -504,19 +536,12 @@ def main() -> None:
     prepare(folder, options.pairs)
     path = RESULTS / "throughput.json"
     record = json.loads(path.read_text()) if path.is_file() else {}
-    record |= {
-        "machine": {
-            "cpu": cpu_name(),
-            "system": platform.platform(terse=True),
-            "threads": torch.get_num_threads(),
-            **{name: version(name) for name in ("torch", "transformers", "peft")},
-        },
-        "steps": options.steps,
-        "repeats": options.repeats,
-    }
-    for name, part in (("comparison", compare), ("profile", profile), ("growth", growth)):
+    if "comparison" in options.parts:
+        record["comparison"] = merged(record.get("comparison", []), compare(folder, options))
+    for name, part in (("profile", profile), ("growth", growth)):
         if name in options.parts:
             record[name] = part(folder, options)
+            record["machine"] = machine()
     path.write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "throughput.md").write_text(page(record), encoding="utf-8")
     plot(record["growth"], HERE.parent / "docs" / "plots" / "throughput.png")

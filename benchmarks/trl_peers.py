@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,14 @@ from transformers import (
 
 
 class Clock(TrainerCallback):
-    """Seconds of every step, data loading and logging included."""
+    """Seconds of every update, data loading and logging included.
 
-    def __init__(self) -> None:
+    Args:
+        steps: of the optimizer, in one update as the trainer counts them.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.marks: list[float] = []
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -39,7 +45,8 @@ class Clock(TrainerCallback):
 
     @property
     def seconds(self) -> list[float]:
-        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+        ends = self.marks[:: self.steps]
+        return [b - a for a, b in pairwise(ends)]
 
 
 def scorer(folder: Path) -> Any:
@@ -114,13 +121,14 @@ def rloo(folder: Path, c: dict[str, Any]) -> Any:
     config = RLOOConfig(
         **common(folder),
         per_device_train_batch_size=c["micro_batch"],
-        gradient_accumulation_steps=c["batch"] // c["micro_batch"],
+        gradient_accumulation_steps=c["batch"] // c["micro_batch"] // c["minibatches"],
+        steps_per_generation=c["batch"] // c["micro_batch"],
         num_generations=2,
         max_completion_length=c["new_tokens"],
         temperature=1.0,
         beta=0.05,
         num_iterations=c["epochs"],
-        max_steps=c["steps"],
+        max_steps=c["steps"] * c["epochs"] * c["minibatches"],
     )
     return RLOOTrainer(
         model=policy(folder),
@@ -161,7 +169,9 @@ KINDS = {"ppo": ppo, "rloo": rloo, "reward": reward}
 def main() -> None:
     kind, folder, configuration = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
     torch.manual_seed(0)
-    trainer, clock = KINDS[kind](folder, configuration), Clock()
+    # RLOOTrainer calls every optimizer step one, PPOTrainer every rollout.
+    steps = configuration["epochs"] * configuration["minibatches"] if kind == "rloo" else 1
+    trainer, clock = KINDS[kind](folder, configuration), Clock(steps)
     trainer.add_callback(clock)
     trainer.train()
     print(json.dumps({"seconds": clock.seconds}))

@@ -46,7 +46,7 @@ NEVER = [f"--model.init_args.constraints={LIMIT % -3}"]
 EACH_STEP = ["--trainer.log_every_n_steps", "1"]
 OVERRIDES = {
     "sft": ["--trainer.max_epochs", "1", *EACH_STEP],
-    "reward": EACH_STEP,
+    "reward": ["--trainer.max_epochs", "1", *EACH_STEP],
     "cost": EACH_STEP,
     "unconstrained": [*SMALL, *ALWAYS],
     "policy": [*SMALL, *ALWAYS],
