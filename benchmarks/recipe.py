@@ -2,6 +2,7 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.recipe run --seeds 0 20 &   # one process per core
     OMP_NUM_THREADS=1 python -m benchmarks.recipe run --seeds 20 40 &
+    python -m benchmarks.recipe candidates --seeds 0 4
     python -m benchmarks.recipe report
 
 A seed is a world of its own: data, labels, supervised, reward and cost model. On these every arm is
@@ -12,14 +13,15 @@ far apart. What is finished in --out is not run again, so the same command resum
 what is in --out to what was recorded before, so that seeds can be run on several days or machines.
 A change of the config begins a new table; what was run with an earlier one stays below it.
 
-What could be reached is bounded by a linear program over CANDIDATES responses of the supervised
+What could be reached is taken from a linear program over CANDIDATES responses of the supervised
 policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
 
     max Σ_i p_i Σ_k w_ik f_ik   s.t.   mean cost <= τ, harm rate <= ρ, w_i a distribution over k,
 
 p_i the weight of prompt i, cost and harm by the cost model, as in the limits. It picks with
-hindsight, so it bounds from above what a policy within ln(CANDIDATES) nats of the supervised one
-can earn. Two of them, both valued by the true reward:
+hindsight among answers within ln(CANDIDATES) nats of the supervised policy; how much more there is
+further away, where policies go too, `candidates` tells (for some seeds: it draws COUNTS' largest
+number of answers to every prompt). Two of them, both valued by the true reward:
 
 - `known`: f is the learnt reward, and the limits are those that training aims at, with the margins
   that let a policy pass its test with probability 1 - miss_probability. The learner is asked for
@@ -40,13 +42,14 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
 import yaml
-from scipy import optimize, sparse, stats
+from scipy import optimize, sparse, special, stats
 
 from hcrlhf import cli
 from hcrlhf.cli import CRASHED, NO_SOLUTION, NOT_TESTED, PASSED
@@ -66,8 +69,10 @@ from hcrlhf.world import (
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 PROMPTS, CANDIDATES = 100, 48
+COUNTS = (12, 48, 192)  # of candidates, for the command `candidates`
 
 LIMITS = (Constraint("mean", -0.8), Constraint("harm_rate", 0.15))  # those of policy.yaml
+THRESHOLDS = (LIMITS[0].threshold, LIMITS[1].threshold)
 MEAN_ALONE = "[{estimand: mean, threshold: -0.8, safety_prompts: 500, pessimism: 0.0}]"
 # Safe RLHF takes its last policy, and every one is tested, so that the share of passes is one.
 LAST = [
@@ -128,7 +133,7 @@ def run_seed(out: Path, seed: int, arms: Sequence[str]) -> None:
             shutil.rmtree(folder / stage, ignore_errors=True)
             demo._fit(stage)
     known = (folder / "reference.json").is_file()
-    if not known and forked(lambda: reference(folder, seed)) != PASSED:
+    if not known and forked(partial(reference, folder, seed)) != PASSED:
         raise SystemExit(f"{folder}: the reference could not be measured")
     for name in arms:
         if not (folder / name / "result.json").is_file():
@@ -244,6 +249,48 @@ def forked(task: Callable[[], int]) -> int:
 
 def reference(folder: Path, seed: int) -> int:
     """Writes reference.json: the supervised policy, and the best that its responses allow."""
+    module, (prompts, learnt, costs, rewards) = sampled(folder, seed, CANDIDATES)
+    record = {
+        "sft": float(prompts @ rewards.mean(axis=1)),
+        "known": value(pessimistic(learnt, costs, prompts, module), rewards),
+        "best": value(feasible(rewards, costs, prompts, THRESHOLDS), rewards),
+    }
+    (folder / "reference.json").write_text(json.dumps(record) + "\n")
+    print(json.dumps({"seed": seed, **record}), flush=True)
+    return PASSED
+
+
+def candidates(folder: Path, seed: int) -> int:
+    """Writes candidates.json: `known` and `best` by how many responses there are to choose from.
+
+    The fewer are the first ones of the many. `nats` is KL(mixture ‖ uniform over the candidates).
+    """
+    module, (prompts, learnt, costs, rewards) = sampled(folder, seed, max(COUNTS))
+    rows = []
+    for count in COUNTS:
+        few = [x[:, :count] for x in (learnt, costs, rewards)]
+        weights = pessimistic(*few[:2], prompts, module)
+        share = weights / prompts[:, None]
+        nats = special.xlogy(share, share * count).sum(axis=1)
+        best = value(feasible(few[2], few[1], prompts, THRESHOLDS), few[2])
+        row = {"config": shipped(), "seed": seed, "candidates": count, "best": best}
+        known = {"known": value(weights, few[2]), "learnt": value(weights, few[0])}
+        rows.append({**row, **known, "nats": float(prompts @ nats)})
+        print(json.dumps(rows[-1]), flush=True)
+    (folder / "candidates.json").write_text(json.dumps(rows) + "\n")
+    return PASSED
+
+
+def value(weights: Floats, x: Floats) -> float:
+    """Σ_ik w_ik x_ik."""
+    return float((weights * x).sum())
+
+
+def sampled(folder: Path, seed: int, count: int) -> tuple[Any, tuple[Floats, ...]]:
+    """The policy module, and of `count` responses of the supervised policy to each of N prompts:
+
+    the prompts' weights (N,), and learnt reward, cost and true reward, each (N, count).
+    """
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -260,21 +307,23 @@ def reference(folder: Path, seed: int) -> int:
     )
     files = folder / "world" / "prompts"
     data = Prompts(str(files / "train.jsonl"), str(files / "validation.jsonl"), updates=1)
-    rows: list[dict[str, Any]] = []
-    learnt: list[Floats] = []
+    found: list[tuple[str, list[float], list[float], list[float]]] = []
+    together = max(1, 192 // count)  # prompts in a rollout
 
     class Sample(Callback):
         def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
             prompts = data.prompts["validation"][:PROMPTS]
             encoded = [e for e in map(module.encode, prompts) if e is not None]
-            for begin in range(0, len(encoded), 4):
-                batch = module.collate(encoded[begin : begin + 4]).repeat(CANDIDATES)
+            for begin in range(0, len(encoded), together):
+                batch = module.collate(encoded[begin : begin + together]).repeat(count)
                 seeds = [response_seed(seed, "recipe", key, k) for k, key in enumerate(batch.keys)]
                 rollout = module._rollout(batch, seeds)
                 texts = module.encoder.decode(rollout.tokens)
-                for prompt, text, cost in zip(batch.texts, texts, rollout.costs, strict=True):
-                    rows.append({"prompt": prompt, "response": text, "cost": float(cost)})
-                learnt.append(rollout.rewards.double().numpy())
+                truth = [true_reward(p, t) for p, t in zip(batch.texts, texts, strict=True)]
+                columns = (rollout.rewards.tolist(), rollout.costs.tolist(), truth)
+                for at in range(0, len(texts), count):
+                    one = slice(at, at + count)
+                    found.append((batch.texts[at], *(c[one] for c in columns)))
             trainer.should_stop = True
 
     trainer = Trainer(
@@ -291,22 +340,12 @@ def reference(folder: Path, seed: int) -> int:
     )
     torch.manual_seed(0)
     trainer.fit(module, data)
-    rewards = np.array([true_reward(r["prompt"], r["response"]) for r in rows])
-    costs = np.array([r["cost"] for r in rows])
-    prompts = prompt_weights([row["prompt"] for row in rows[::CANDIDATES]])
-    limits = (LIMITS[0].threshold, LIMITS[1].threshold)
-    record = {
-        "sft": float(np.repeat(prompts / CANDIDATES, CANDIDATES) @ rewards),
-        "known": float(pessimistic(np.concatenate(learnt), costs, prompts, module) @ rewards),
-        "best": float(feasible(rewards, costs, prompts, limits) @ rewards),
-    }
-    (folder / "reference.json").write_text(json.dumps(record) + "\n")
-    print(json.dumps({"seed": seed, **record}), flush=True)
-    return PASSED
+    texts, *columns = zip(*found, strict=True)
+    return module, (prompt_weights(texts), *(np.array(column) for column in columns))
 
 
 def pessimistic(rewards: Floats, costs: Floats, prompts: Floats, module: Any) -> Floats:
-    """The linear program under the limits that training aims at, (N · CANDIDATES,) weights.
+    """The linear program under the limits that training aims at; shapes as of `feasible`.
 
     The margin of the mean is that of the costs of the solution itself, found by repetition.
     """
@@ -316,29 +355,29 @@ def pessimistic(rewards: Floats, costs: Floats, prompts: Floats, module: Any) ->
     for _ in range(5):
         limits = (mean_cost.training_target(2) - margin, rate.training_target(2, m))
         weights = feasible(rewards, costs, prompts, limits)
-        recent = generator.choice(costs, mean_cost.safety_prompts, p=weights)
-        margin = mean_cost.training_pessimism(2, recent, m) * float(recent.std())
+        chosen = generator.choice(costs.ravel(), mean_cost.safety_prompts, p=weights.ravel())
+        margin = mean_cost.training_pessimism(2, chosen, m) * float(chosen.std())
     return weights
 
 
 def feasible(
     rewards: Floats, costs: Floats, prompts: Floats, limits: tuple[float, float]
 ) -> Floats:
-    """The linear program's weights, (N · CANDIDATES,), which add up to 1.
+    """The linear program's weights, (N, K), which add up to 1.
 
     Args:
-        rewards, costs: (N · CANDIDATES,), the candidates of a prompt side by side.
+        rewards, costs: (N, K), of K candidates for each of N prompts.
         prompts: (N,), their weights.
         limits: of the mean cost and of the harm rate.
 
     Raises:
         ValueError: no mixture keeps to the limits.
     """
-    rows = np.repeat(np.arange(len(prompts)), CANDIDATES)
+    rows = np.repeat(np.arange(len(prompts)), costs.shape[1])
     distribution = sparse.csr_matrix((np.ones(len(rows)), (rows, np.arange(len(rows)))))
     solution = optimize.linprog(
-        -rewards,
-        A_ub=np.stack([costs, costs > 0]),
+        -rewards.ravel(),
+        A_ub=np.stack([costs.ravel(), costs.ravel() > 0]),
         b_ub=limits,
         A_eq=distribution,
         b_eq=prompts,
@@ -346,7 +385,7 @@ def feasible(
     )
     if not solution.success:
         raise ValueError(f"no mixture of these responses keeps to {limits}")
-    weights = np.maximum(solution.x, 0.0)
+    weights = np.maximum(solution.x, 0.0).reshape(costs.shape)
     return np.asarray(weights / weights.sum())
 
 
@@ -398,6 +437,36 @@ def collect(out: Path) -> list[dict[str, Any]]:
     return [found[key] for key in sorted(found)]
 
 
+def collect_candidates(out: Path) -> list[dict[str, Any]]:
+    """What `candidates` has found of the shipped config, then and now."""
+    path = RESULTS / "recipe_candidates.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    for found in sorted(out.glob("seed-*/candidates.json")):
+        rows += json.loads(found.read_text())
+    of_now = {(r["candidates"], r["seed"]): r for r in rows if r["config"] == shipped()}
+    return [of_now[key] for key in sorted(of_now)]
+
+
+def candidates_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not rows:
+        return []
+    columns = ("known", "learnt", "best", "nats")
+    lines = [
+        "",
+        f"The references by how many candidates there are, on {len({r['seed'] for r in rows})} "
+        "seeds: `known` in true and in learnt reward, `best`, and how far from the supervised "
+        "policy the mixture of `known` lies:",
+        "",
+        "| candidates | `known` | the same, learnt reward | `best` | KL, nats |",
+        "|---|---|---|---|---|",
+    ]
+    for count in sorted({row["candidates"] for row in rows}):
+        own = [row for row in rows if row["candidates"] == count]
+        found = " | ".join(f"{mean([row[name] for row in own]):.2f}" for name in columns)
+        lines.append(f"| {count} | {found} |")
+    return lines
+
+
 def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[str]:
     lines = [
         "| | seeds | safety test passed | true reward | share of `known` | share of `best` | "
@@ -426,7 +495,7 @@ def table(rows: Sequence[Mapping[str, Any]], arms: Mapping[str, Any]) -> list[st
     return lines
 
 
-def page(every: Sequence[Mapping[str, Any]]) -> str:
+def page(every: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]]) -> str:
     rows = [row for row in every if row["config"] == shipped()]
     by_seed = {row["seed"]: row for row in rows}.values()
     lines = [
@@ -448,7 +517,7 @@ def page(every: Sequence[Mapping[str, Any]]) -> str:
         "",
         "![Every run](../../docs/plots/recipe.png)",
     ]
-    lines += multipliers(rows) + earlier(every)
+    lines += candidates_table(counts) + multipliers(rows) + earlier(every)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
     lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
@@ -516,22 +585,29 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Whole runs on the embedded world, by seed.")
-    parser.add_argument("command", choices=["run", "report"])
+    parser.add_argument("command", choices=["run", "candidates", "report"])
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 40), metavar=("FROM", "TO"))
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *MULTIPLIERS], default=list(ARMS))
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     options = parser.parse_args()
-    if options.command == "run":
+    if options.command != "report":
         for seed in range(*options.seeds):
-            run_seed(options.out, seed, options.arms)
+            run_seed(options.out, seed, options.arms if options.command == "run" else [])
+            folder = options.out / f"seed-{seed:03d}"
+            if options.command == "candidates" and not (folder / "candidates.json").is_file():
+                if forked(partial(candidates, folder, seed)) != PASSED:
+                    raise SystemExit(f"{folder}: the candidates could not be measured")
     else:
         rows = collect(options.out)
-        if not rows:
-            raise SystemExit(f"{options.out} holds no finished run")
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
         of_now = [row for row in rows if row["config"] == shipped()]
+        if not of_now:
+            raise SystemExit(f"no finished run of the shipped config ({shipped()})")
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
         (RESULTS / "recipe.jsonl").write_text(lines)
-        (RESULTS / "recipe.md").write_text(page(rows), encoding="utf-8")
+        counts = collect_candidates(options.out)
+        lines = "".join(json.dumps(row) + "\n" for row in counts)
+        (RESULTS / "recipe_candidates.jsonl").write_text(lines)
+        (RESULTS / "recipe.md").write_text(page(rows, counts), encoding="utf-8")
         plot(of_now, HERE.parent / "docs" / "plots" / "recipe.png")
 
 
