@@ -132,9 +132,7 @@ def run_seed(out: Path, seed: int, arms: Sequence[str]) -> None:
         if not (folder / stage / "hcrlhf.json").is_file():
             shutil.rmtree(folder / stage, ignore_errors=True)
             demo._fit(stage)
-    known = (folder / "reference.json").is_file()
-    if not known and forked(partial(reference, folder, seed)) != PASSED:
-        raise SystemExit(f"{folder}: the reference could not be measured")
+    measured(folder / "reference.json", partial(reference, folder, seed))
     for name in arms:
         if not (folder / name / "result.json").is_file():
             run_arm(demo, folder, seed, name)
@@ -213,6 +211,12 @@ def prompt_weights(prompts: Sequence[str]) -> Floats:
     share = np.where(hazardous, HAZARDOUS_SHARE, 1 - HAZARDOUS_SHARE)
     weights = share / np.where(hazardous, hazardous.sum(), (~hazardous).sum())
     return np.asarray(weights / weights.sum())
+
+
+def measured(path: Path, task: Callable[[], int]) -> None:
+    """Runs the task that writes the file, unless it is there."""
+    if not path.is_file() and forked(task) != PASSED:
+        raise SystemExit(f"{path} could not be measured")
 
 
 def trainer_process(arguments: Sequence[str]) -> int:
@@ -594,9 +598,8 @@ def main() -> None:
         for seed in range(*options.seeds):
             run_seed(options.out, seed, options.arms if options.command == "run" else [])
             folder = options.out / f"seed-{seed:03d}"
-            if options.command == "candidates" and not (folder / "candidates.json").is_file():
-                if forked(partial(candidates, folder, seed)) != PASSED:
-                    raise SystemExit(f"{folder}: the candidates could not be measured")
+            if options.command == "candidates":
+                measured(folder / "candidates.json", partial(candidates, folder, seed))
     else:
         rows = collect(options.out)
         of_now = [row for row in rows if row["config"] == shipped()]
