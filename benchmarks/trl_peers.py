@@ -3,7 +3,11 @@
     python benchmarks/trl_peers.py ppo    FOLDER '{"batch": 32, "new_tokens": 64, "steps": 5, ...}'
 
 `ppo` needs trl 1.9 (the last that has it), `rloo` and `reward` trl 1.16. FOLDER is what
-`throughput.py` has prepared. The last line is JSON: seconds of each step and samples per step.
+`throughput.py` has prepared. The last line is JSON: seconds of each update.
+
+TRL's PPO counts its gradient accumulation across minibatches: whatever num_mini_batches says, it
+takes one optimizer step per pass over a rollout, where ours takes one per minibatch. Forward and
+backward passes are the same; the steps that it saves are in its favour.
 """
 
 from __future__ import annotations
