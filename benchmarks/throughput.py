@@ -471,7 +471,7 @@ def page(record: Mapping[str, Any]) -> str:
 def machine() -> dict[str, Any]:
     return {
         "cpu": cpu_name(),
-        "system": platform.platform(terse=True),
+        "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("torch", "transformers", "peft")},
     }
