@@ -90,6 +90,14 @@ def plain_states(lm: Any, sequence: Encoded) -> Tensor:
     return lm.model(input_ids=ids).last_hidden_state[0]
 
 
+def assert_same_states(one: Tensor, other: Tensor) -> None:
+    """Up to sums in another order, which differ by up to 5e-5 on some processors.
+
+    The states of two roles are more than 0.1 apart.
+    """
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
 def random_head(seed: int, size: int = 32) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
@@ -417,7 +425,7 @@ def test_roles_mixed_in_one_pass_are_the_roles_one_at_a_time(roles: Backbone) ->
         mixed = roles.hidden_of_roles(tokens, order)
     single = [hidden_of(roles, role, tokens) for role in order]
     for one, other in zip(mixed, single, strict=True):
-        torch.testing.assert_close(real(tokens, one), real(tokens, other), atol=1e-5, rtol=1e-5)
+        assert_same_states(real(tokens, one), real(tokens, other))
     # Any two roles are far apart, so that a swap would be noticed.
     for i in range(4):
         for j in range(i):
@@ -446,7 +454,7 @@ def test_a_merged_role_is_the_role_and_leaves_every_weight_bit_identical(roles: 
         torch.testing.assert_close(
             roles.hidden(tokens).detach(), hidden_of(roles, "critic", tokens)
         )
-    torch.testing.assert_close(real(tokens, found), real(tokens, expected), atol=1e-5, rtol=1e-5)
+    assert_same_states(real(tokens, found), real(tokens, expected))
     assert trainable_names(roles) == names
     for name, value in roles.named_parameters():
         assert torch.equal(value, before[name])
@@ -476,7 +484,7 @@ def test_roles_that_cannot_be_merged_are_read_in_one_pass_with_equal_states(
     assert heights == [2, 1] * 3 + [6, 3]
     for role in readers:
         for one, other in zip(separate[role], together[role], strict=True):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+            assert_same_states(one, other)
 
 
 def test_roles_are_not_read_in_training_mode(roles: Backbone) -> None:

@@ -562,7 +562,7 @@ def test_a_run_that_was_moved_goes_on_with_what_may_change_and_says_it(
     assert dict(said) == {
         "model.init_args.learning_rate": "0.0015 → 0.0001",
         "model.init_args.weight_decay": "0.0 → 0.5",
-        "model.init_args.kl_coefficient": "0.05 → 0.2",
+        "model.init_args.kl_coefficient": "0.03 → 0.2",
         "data.init_args.updates": "6 → 8",
     }
     # And they hold, whatever the optimizer's state says: 3e-3 · (1 - 6/8) after six updates of
@@ -574,7 +574,7 @@ def test_a_run_that_was_moved_goes_on_with_what_may_change_and_says_it(
     assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
     assert state["lr_schedulers"][0]["base_lrs"] == [1e-4, 3e-3]
     # Both configs are kept, and both parts of the figures.
-    assert "kl_coefficient: 0.05" in (root / "config-1.yaml").read_text()
+    assert "kl_coefficient: 0.03" in (root / "config-1.yaml").read_text()
     assert "kl_coefficient: 0.2" in (root / "config.yaml").read_text()
     assert (root / "metrics.csv").is_file() and (root / "metrics-1.csv").is_file()
 
