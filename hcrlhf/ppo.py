@@ -62,7 +62,7 @@ def token_rewards(scores: Tensor, kl: Tensor, kl_coefficient: float, mask: Tenso
     """What each stream's critic predicts: r·1[t = T] - β KL_t and c̃_j·1[t = T] + β KL_t.
 
     Args:
-        scores: (S, B), the reward first, then the pessimistic costs.
+        scores: (S, B), the reward first, then the pessimistic costs less their targets.
         kl: (B, T), log π_θ - log π_ref of each sampled token.
 
     Returns:
@@ -221,7 +221,7 @@ class PPO(ClippedPolicy):
         """Advantages and returns of a rollout with values (S, B, T).
 
         Args:
-            scores: (S, B), the reward first, then the pessimistic costs.
+            scores: (S, B), the reward first, then the pessimistic costs less their targets.
         """
         mask = rollout.tokens.response_mask
         rewards = token_rewards(scores, rollout.kl, kl_coefficient, mask)

@@ -1,6 +1,7 @@
 """RLOO: REINFORCE with K samples per prompt, each the others' baseline. No critics.
 
-Streams as in ppo.py: index 0 the reward, index 1 + j constraint j's pessimistic cost.
+Streams as in ppo.py: index 0 the reward, index 1 + j by how much constraint j's pessimistic cost
+exceeds its target. The target cancels, as every constant does, in the baseline.
 """
 
 from __future__ import annotations

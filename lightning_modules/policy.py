@@ -352,7 +352,7 @@ class Policy(ScoredPolicy):
             rank_zero_warn(words)
 
     def _constrain(self, rollout: Rollout) -> tuple[Tensor, list[float]]:
-        """Scores per stream (1 + C, B): reward and pessimistic costs; and every violation g."""
+        """Scores per stream (1 + C, B), the reward and `Dual.judge`'s costs; every violation g."""
         self._require_finite("reward", bool(rollout.rewards.isfinite().all()))
         self._require_finite("cost", bool(np.isfinite(rollout.costs).all()))
         costs, violations = self.dual.judge(rollout.costs, rollout.keys)

@@ -196,17 +196,11 @@ def test_a_rollout_is_judged_by_the_means_and_variances_of_its_constraints() -> 
         values = c.values(costs)
         std = values.std(ddof=1)  # the first rollout has no other
         k = 0.25 if c is MEAN else 0.0
+        punished = pessimistic_costs(values, pairwise_spread(values, keys), k, std)
+        np.testing.assert_allclose(row, (punished - c.training_target(2)) / std)
         # mean(c̃) = μ̂ + k s²/σ̄: on the first rollout s is σ̄, and the mean of c̃ - τ is g.
         expected = (values.mean() + k * std - c.training_target(2)) / std
         assert [row.mean(), g] == pytest.approx([expected, expected])
-        np.testing.assert_allclose(
-            row,
-            (
-                pessimistic_costs(values, pairwise_spread(values, keys), k, std)
-                - c.training_target(2)
-            )
-            / std,
-        )
 
 
 def test_costs_that_hardly_vary_are_not_punished_where_their_test_is_sure_to_be_passed() -> None:
