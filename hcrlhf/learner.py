@@ -63,7 +63,7 @@ class Learner(ABC):
         multipliers: Sequence[float],
         kl_coefficient: float,
     ) -> Targets:
-        """Advantages and returns of scores (S, B): the reward, then what `Dual.judge` says of costs.
+        """Advantages and returns of scores (S, B): the reward, then the costs of `Dual.judge`.
 
         Both are in units of a standard deviation that is not this rollout's: the reward in that of
         its scorer's moments, a cost in the running one of its constraint.
