@@ -92,7 +92,8 @@ class BestCandidate(Callback):
         rewards, costs = self._answered(data, pl_module, "predict")
         chances, likely = self._chances(module, costs)
         reward, chance = float(rewards.mean()), min(chances)
-        look = {"update": update, "rank": [likely, reward if likely else chance]}
+        worth = reward if np.isfinite(reward) else -np.inf  # NaN has no rank
+        look = {"update": update, "rank": [likely, worth if likely else chance]}
         better = chance > 0 and all(look["rank"] > other["rank"] for other in self._best)
         shown = "; the best so far" if better else ""
         rank_zero_info(

@@ -69,8 +69,7 @@ class Completions(Callback):
         encoded = (module.encode(prompt) for prompt in data.validation_prompts)
         chosen = list(islice((e for e in encoded if e is not None), self.count))
         self._batch = module.collate(chosen).to(pl_module.device) if chosen else None
-        if cast(SafetyTestable, pl_module).updates == 0:
-            self._remove(trainer, FILE)
+        self._forget(trainer, cast(SafetyTestable, pl_module).updates)
 
     def on_train_batch_end(
         self,
@@ -115,6 +114,17 @@ class Completions(Callback):
         self._append(trainer, self.predictions, outputs)
 
     # -- files ---------------------------------------------------------------------------------
+
+    def _forget(self, trainer: Trainer, updates: int) -> None:
+        """Removes what was written after the checkpoint that a run goes on from."""
+        path = Path(trainer.default_root_dir) / FILE
+        if not trainer.is_global_zero or not path.is_file():
+            return
+        # The last line may have been cut off.
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        whole = [line for line in lines if line.endswith("}\n")]
+        kept = [line for line in whole if json.loads(line)["update"] <= updates]
+        path.write_text("".join(kept), encoding="utf-8")
 
     @staticmethod
     def _remove(trainer: Trainer, name: str) -> None:

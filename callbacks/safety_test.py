@@ -148,16 +148,19 @@ class SafetyTest(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         updates = cast(SafetyTestable, pl_module).updates
         folder = self._folder(trainer)
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        trained = updates >= data.updates
         # Without a checkpoint a run can only be repeated, and finds its own plan again in the end.
-        if updates == 0 and (folder / CHECKPOINT).is_file() and self._gate(trainer).has_begun():
+        if not trained and (folder / CHECKPOINT).is_file() and self._gate(trainer).has_begun():
+            this = f"has only {updates} of {data.updates} updates behind it"
             raise InputError(
                 f"{folder} holds the plan of a safety test that a run before this one opened, and "
-                "this one begins anew: go on with that run (--ckpt_path last), or choose another "
+                f"this one {this if updates else 'begins anew'}: go on with that run (--ckpt_path "
+                "last, and as many data.init_args.updates as it had), or choose another "
                 "trainer.default_root_dir"
             )
         self._prepare(trainer, pl_module)
-        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
-        if updates >= data.updates:
+        if trained:
             # A resumed run whose training is finished: no epoch begins, so none will end.
             self.run(trainer, pl_module)
 
@@ -210,11 +213,11 @@ class SafetyTest(Callback):
                 self._answer(pl_module, *question)
             self.verdict = processes.from_first(self.verdict)
             return
-        try:
-            self._run(trainer, pl_module)
-        finally:
-            processes.from_first(None)
-            processes.from_first(self.verdict)
+        # Where this raises nothing is sent: the others may wait for an answer, not for a question,
+        # and end with this process.
+        self._run(trainer, pl_module)
+        processes.from_first(None)
+        processes.from_first(self.verdict)
 
     def _ask(self, pl_module: LightningModule, keys: Sequence[str], seed: str) -> CostSamples:
         """Responses of all processes together to the prompts with these keys, with costs."""
@@ -314,8 +317,11 @@ class SafetyTest(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        # Only where the fit had begun: before that nothing is written at all.
-        if self.verdict is not None:
+        # Only where the fit had begun: before that nothing is written at all. And only where the
+        # test had not ended: what breaks afterwards (a logger, another callback) changes nothing.
+        released = self.verdict == "PASS" and (self._folder(trainer) / "policy").exists()
+        ended = released or self.verdict == "NO_SOLUTION_FOUND"
+        if self.verdict is not None and not ended:
             shutil.rmtree(self._folder(trainer) / "policy.tmp", ignore_errors=True)
             reason = f"the run stopped with {type(exception).__name__}"
             self._write(trainer, "NOT_TESTED", reason, None)

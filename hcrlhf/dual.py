@@ -50,6 +50,7 @@ class Dual:
         self.recent: list[float] = []  # the last safety_prompts costs, for the pessimism
         self.rollouts = 0
         self.steps_at_cap = [0 for _ in constraints]  # since λ was last below its cap
+        self.steps_violated = [0 for _ in constraints]  # since g was last at most 0
 
     @property
     def multipliers(self) -> list[float]:
@@ -117,6 +118,10 @@ class Dual:
             steps + 1 if value >= self.multiplier.maximum else 0
             for steps, value in zip(self.steps_at_cap, self.multipliers, strict=True)
         ]
+        self.steps_violated = [
+            steps + 1 if g > 0 else 0
+            for steps, g in zip(self.steps_violated, violations, strict=True)
+        ]
 
     def state(self) -> dict[str, Any]:
         """Plain lists and numbers, for a checkpoint."""
@@ -127,6 +132,7 @@ class Dual:
             "recent": list(self.recent),
             "rollouts": self.rollouts,
             "steps_at_cap": list(self.steps_at_cap),
+            "steps_violated": list(self.steps_violated),
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -149,6 +155,7 @@ class Dual:
         self.recent = [float(c) for c in state["recent"]]
         self.rollouts = int(state["rollouts"])
         self.steps_at_cap = [int(n) for n in state["steps_at_cap"]]
+        self.steps_violated = [int(n) for n in state["steps_violated"]]
 
 
 def pairwise_spread(costs: ArrayLike, keys: Sequence[str]) -> Floats:

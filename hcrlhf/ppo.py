@@ -174,15 +174,16 @@ class PPO(ClippedPolicy):
 
     Args:
         critic: "shared": value heads on the actor's own hidden states, one forward and backward
-            for everything. "separate": an adapter and a head per critic, which start as copies of
-            the reward and cost model; slower, and the critics do not disturb the actor.
+            for everything. "separate": an adapter and a head per critic, the adapters copies of the
+            reward and cost model; slower, and the critics do not disturb the actor.
         epochs, minibatches: passes over a rollout and optimizer steps per pass.
         clip: ε of the probability ratio. value_clip: the same for the critics, in the unit of
             their stream's scores (standard deviations).
         gae_lambda: λ of generalised advantage estimation; the discount is 1.
         value_coefficient: weight of the critics' loss. Shared critics write into the states that
             the policy reads, and too much of it costs the policy.
-        target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this.
+        target_kl: no further epoch once the mean KL of old to new policy (k3) exceeds this. The
+            mean is over an epoch's minibatches, each before its step: that of the first step is 0.
 
     Raises:
         InputError: a value is out of its range.

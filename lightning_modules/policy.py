@@ -37,7 +37,7 @@ from lightning_modules.scored_policy import ACTOR, PromptBatch, Reader, ScoredPo
 
 SKIP_PATIENCE = 10  # gradients in a row that are not finite before the run stops
 LEARNING_RATES = {"actor": "learning_rate", "critics": "critic_learning_rate"}  # as logged
-CAP_PATIENCE = 50  # updates with λ at its cap before it is said
+PATIENCE = 50  # updates with λ at its cap, or a limit exceeded, before it is said
 FORECAST_EVERY = 10  # updates between two forecasts of the bounds: on a tiny model they cost much
 
 
@@ -145,6 +145,11 @@ class Policy(ScoredPolicy):
             raise InputError(
                 f"critic_learning_rate is positive or null, got {critic_learning_rate}"
             )
+        if adaptive_kl is not None and kl_coefficient == 0:
+            raise InputError(
+                "kl_coefficient is 0 and adaptive_kl multiplies it, so that it stays 0; set "
+                "kl_coefficient above 0, or adaptive_kl: null"
+            )
         if score_clip is not None and not score_clip > 0:
             raise InputError(f"score_clip is positive or null, got {score_clip}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
@@ -193,10 +198,13 @@ class Policy(ScoredPolicy):
         self.dual.constraints = self.constraints  # with the range that the cost model brought
         if stage == "fit":
             self.dual.validation_prompts = self._count_validation_prompts()
+            self._check_minibatches()
             self._read_demonstrations()
 
     def _count_validation_prompts(self) -> int | None:
         """m, on which `callbacks.BestCandidate` looks at a policy; None without such a data module.
+
+        Prompts that are too long for the policy are not looked at, and not counted.
 
         Raises:
             InputError: too few to know a spread from.
@@ -204,9 +212,26 @@ class Policy(ScoredPolicy):
         data = getattr(self.trainer, "datamodule", None)
         if not isinstance(data, HoldsSafetyPrompts):
             return None
-        count = len(data.validation_prompts)
+        count = sum(self.encode(prompt) is not None for prompt in data.validation_prompts)
         check_validation_prompts(count)
         return count
+
+    def _check_minibatches(self) -> None:
+        """
+        Raises:
+            InputError: a minibatch would leave a process without a response.
+        """
+        prompts = getattr(getattr(self.trainer, "datamodule", None), "prompts_per_update", None)
+        if prompts is None:
+            return
+        responses = prompts * self.learner.samples_per_prompt
+        smallest = responses // min(self.learner.minibatches, responses)
+        if smallest < self.trainer.world_size:
+            raise InputError(
+                f"a minibatch of {smallest} responses cannot be shared by "
+                f"{self.trainer.world_size} processes; raise data.init_args.prompts_per_update, or "
+                "lower minibatches of the learner"
+            )
 
     @property
     def training_costs(self) -> Sequence[float]:
@@ -301,7 +326,7 @@ class Policy(ScoredPolicy):
             self._steer(rollout, violations)
         self.updates += 1
         self._report(rollout, targets, violations, statistics, phases)
-        self._warn_at_cap(rollout)
+        self._warn_unreachable(rollout)
         self._warn_truncated(rollout)
 
     def _sync_by_hand(self) -> None:
@@ -334,16 +359,22 @@ class Policy(ScoredPolicy):
         self.reward_moments = measured_moments(rewards, self._named("reward"))
         return replace(rollout, rewards=self._standardised(rollout.rewards))
 
-    def _warn_at_cap(self, rollout: Rollout) -> None:
-        """Says so when a multiplier has stayed at its cap: more of it will not help."""
+    def _warn_unreachable(self, rollout: Rollout) -> None:
+        """Says so when more of a multiplier will not help, or does not come soon enough."""
+        dual = self.dual
         for j, constraint in enumerate(self.constraints):
-            if self.dual.steps_at_cap[j] == CAP_PATIENCE:
-                rank_zero_warn(
-                    f"λ of the {constraint.label} has been at its cap "
-                    f"{self.dual.multipliers[j]:g} for {CAP_PATIENCE} updates: the constraint may "
-                    f"not be reachable from this reference; forecast of the bound "
-                    f"{constraint.forecast(rollout.costs):.3g}, limit {constraint.threshold:g}"
-                )
+            value = dual.multipliers[j]
+            if dual.steps_at_cap[j] == PATIENCE:
+                found = f"λ of the {constraint.label} has been at its cap {value:g}"
+            elif dual.steps_violated[j] == PATIENCE:
+                found = f"the {constraint.label} has been above training's target, λ now {value:g},"
+            else:
+                continue
+            rank_zero_warn(
+                f"{found} for {PATIENCE} updates: the constraint may not be reachable from this "
+                f"reference, or λ rises too slowly; forecast of the bound "
+                f"{constraint.forecast(rollout.costs):.3g}, limit {constraint.threshold:g}"
+            )
 
     def _warn_truncated(self, rollout: Rollout) -> None:
         share = float(rollout.tokens.truncated.float().mean())
@@ -444,11 +475,6 @@ class Policy(ScoredPolicy):
         """
         count = rollout.tokens.response_mask[rows].sum()
         mine = rows[processes.share(len(rows))]
-        if len(mine) == 0:
-            raise InputError(
-                f"a minibatch of {len(rows)} responses cannot be shared by "
-                f"{processes.rank_and_size()[1]} processes; raise data.init_args.prompts_per_update"
-            )
         rollout, targets = rollout.rows(mine), targets.rows(mine)
 
         def attempt() -> dict[str, float]:

@@ -496,9 +496,16 @@ class ScoredPolicy(AdapterModule):
             "val/harm_rate": float((costs > 0).mean()),
             "val/kl": float(kl.mean()),
         }
+        # One that is not a number does not end a run that is trained: its test will fail it.
+        finite = bool(np.isfinite(costs).all())
+        if not finite:
+            rank_zero_warn(
+                f"{self._named('cost')} gave {int((~np.isfinite(costs)).sum())} of {costs.size} "
+                "responses to validation prompts a cost that is not finite; no bound is forecast"
+            )
         constraints = with_etas(self.constraints, self.training_costs)
         for constraint, suffix in zip(constraints, suffixes(constraints), strict=True):
-            figures[f"val/bound{suffix}"] = constraint.forecast(costs)
+            figures[f"val/bound{suffix}"] = constraint.forecast(costs) if finite else math.inf
         self.log_dict(figures)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[dict[str, Any]]:

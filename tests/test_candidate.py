@@ -1,5 +1,6 @@
 """Which policy of a run is tested: the best one that is likely to pass."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,6 +125,13 @@ def test_the_best_of_many_looks_has_to_pass_another_one(
     run.again |= {update: (0.0, cost) for update, cost in again.items()}
     run.fit(BestCandidate(every_n_updates=2, start=0.0))
     assert (run.candidate, run.weights.item()) == (candidate, float(candidate))
+
+
+def test_a_reward_that_is_not_a_number_is_never_the_best_one() -> None:
+    nan = math.nan
+    run = Run({2: (0.5, -1.0), 4: (nan, -1.0), 6: (2.0, -1.0), 8: (nan, -1.0)}, updates=8)
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
+    assert run.candidate == 6
 
 
 def test_without_one_that_has_a_chance_the_last_policy_stays() -> None:

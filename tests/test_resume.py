@@ -293,12 +293,17 @@ def policy_arguments(stages: Path, root: Path, *more: str) -> list[str]:
     return [*arguments, LIMIT % 3.5, *more]
 
 
-def callbacks(every: int = 2, kill: tuple[str, int] | None = None, **options: Any) -> str:
+def callbacks(
+    every: int = 2, kill: tuple[str, int] | None = None, shown: int = 0, **options: Any
+) -> str:
     given = {"candidate_check": False, "batch_size": 10} | options
     named = [
         {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": every}},
         {"class_path": "callbacks.SafetyTest", "init_args": given},
     ]
+    if shown:
+        init = {"every_n_updates": 1, "count": shown, "console": 0}
+        named.append({"class_path": "callbacks.Completions", "init_args": init})
     if kill:
         init = {"method": kill[0], "call": kill[1]}
         named.append({"class_path": "breaking.Kill", "init_args": init})
@@ -311,6 +316,10 @@ def fit(stages: Path, root: Path, *more: str) -> int:
 
 def read(path: Path) -> Any:
     return json.loads(path.read_text())
+
+
+def read_lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @contextmanager
@@ -349,10 +358,10 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
 ) -> None:
     whole, part = tmp_path / "whole" / "run", tmp_path / "part" / "run"
     last, full = part / "checkpoints" / "last.ckpt", with_ptx(stages)
-    assert fit(stages, whole, *full, callbacks()) == PASSED
+    assert fit(stages, whole, *full, callbacks(shown=1)) == PASSED
 
     def killed(method: str, call: int) -> str:
-        more = [*full, callbacks(kill=(method, call)), "--ckpt_path", "last"]
+        more = [*full, callbacks(kill=(method, call), shown=1), "--ckpt_path", "last"]
         done = subprocess.run(
             [sys.executable, "-m", "hcrlhf", "fit", *policy_arguments(stages, part, *more)],
             cwd=ROOT,
@@ -380,11 +389,12 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
     assert updates() == 6 and not last.with_suffix(".tmp").exists()
 
     caplog.clear()
-    assert fit(stages, part, *full, callbacks(), "--ckpt_path", "last") == PASSED
+    assert fit(stages, part, *full, callbacks(shown=1), "--ckpt_path", "last") == PASSED
     # Nothing is drawn a second time.
     assert [m for m in caplog.messages if "answered" in m] == ["  30 answered"]
-    name = "policy/adapter_model.safetensors"
-    assert (part / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("policy/adapter_model.safetensors", "completions.jsonl"):
+        assert (part / name).read_bytes() == (whole / name).read_bytes()
+    assert [r["update"] for r in read_lines(part / "completions.jsonl")] == [1, 2, 3, 4, 5, 6]
     ours, theirs = (read(folder / "certificate.json") for folder in (part, whole))
     assert ours["data"]["costs"] == theirs["data"]["costs"]
     assert ours["ledger"]["test"] == 1

@@ -253,11 +253,40 @@ def test_an_interrupted_run_says_so_and_is_not_tested(
         assert read(tmp_path / name / "verdict.json")["verdict"] == "NOT_TESTED"
 
 
-def test_a_cost_that_is_not_a_number_never_passes(
+def test_what_breaks_after_the_test_leaves_its_verdict(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from lightning_modules import Policy
+
+    monkeypatch.setattr(Policy, "on_fit_end", broken)  # as a logger that cannot be closed
+    for limit, verdict in ((ALWAYS, "PASS"), (NEVER, "NO_SOLUTION_FOUND")):
+        root = tmp_path / verdict / "run"
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *limit, tested())
+        assert read(root / "verdict.json")["verdict"] == verdict
+        assert (root / "policy").exists() == (verdict == "PASS")
+
+
+def test_a_cost_that_is_not_a_number_never_passes(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from hcrlhf.rollouts import Rollout
     from hcrlhf.safety import CostSamples
     from lightning_modules import Policy
+
+    evaluate = Policy.evaluate
+
+    def unlucky(self: Policy, batch: Any, purpose: str) -> Rollout:
+        rollout = evaluate(self, batch, purpose)
+        rollout.costs[:2] = math.nan
+        return rollout
+
+    # One that only an answer to a validation prompt gets: the run ends, its test decides.
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "evaluate", unlucky)
+        with pytest.warns(UserWarning, match="gave 2 of 16 responses to validation prompts a cost"):
+            assert fit(demo, tmp_path / "unlucky" / "run", *ALWAYS, tested()) == PASSED
+    assert column(tmp_path / "unlucky" / "run", "val/bound") == [math.inf]
 
     honest = Policy.sample_costs
 
@@ -491,7 +520,11 @@ def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "training_step", broken)
         assert fit(demo, root, *ALWAYS, tested(), "--model.init_args.seed", "1") == 2
-    assert "holds the plan of a safety test that a run before" in capsys.readouterr().err
+    assert "this one begins anew: go on with that run" in capsys.readouterr().err
+    # Nor does it go on learning with an open test behind it, whose answers it might learn from.
+    longer = ["--data.init_args.updates", "4", "--ckpt_path", "last"]
+    assert fit(demo, root, *ALWAYS, tested(), *longer) == 2
+    assert "this one has only 3 of 4 updates behind it: go on with" in capsys.readouterr().err
     # Nor does another policy that is tested in its folder.
     given = ["--policy", str(demo / "policy" / "policy")]
     assert main(["test", *policy_arguments(demo, root, *ALWAYS, tested()), *given]) == 2
@@ -869,6 +902,17 @@ def test_responses_that_do_not_divide_make_minibatches_that_differ_by_one(
     assert sizes == [3, 2, 2, 2]
 
 
+@pytest.mark.parametrize(("target", "steps"), [("null", 6), ("1e-12", 2), ("1e6", 6)])
+def test_no_further_epoch_once_the_policy_has_moved_too_far(
+    demo: Path, tmp_path: Path, target: str, steps: int
+) -> None:
+    options = f"{{epochs: 3, minibatches: 2, target_kl: {target}}}"
+    more = [f"--model.init_args.learner={{class_path: hcrlhf.ppo.PPO, init_args: {options}}}"]
+    more += ["--data.init_args.updates", "1", "--trainer.callbacks=[]"]
+    fit(demo, tmp_path / "run", *ALWAYS, *more)
+    assert column(tmp_path / "run", "inner_steps") == [steps]
+
+
 def test_figures_go_to_tensorboard_too_and_loggers_of_ones_own_come_beside(
     demo: Path, tmp_path: Path
 ) -> None:
@@ -1047,7 +1091,9 @@ def test_training_knows_how_many_validation_prompts_a_candidate_is_looked_at_on(
     assert fit(demo, tmp_path / "run", *ALWAYS) == PASSED
     assert seen == [SIZES.validation] * 3
     one = tmp_path / "one.jsonl"
-    one.write_text((demo / "world" / "prompts" / "validation.jsonl").read_text().split("\n")[0])
+    first = (demo / "world" / "prompts" / "validation.jsonl").read_text().split("\n")[0]
+    # Nobody looks at a prompt that is too long.
+    one.write_text(f'{first}\n{{"prompt": "{"again and " * 500}"}}\n')
     assert (
         fit(demo, tmp_path / "few" / "run", *ALWAYS, "--data.init_args.validation", str(one)) == 2
     )

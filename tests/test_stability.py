@@ -1,7 +1,10 @@
 """What keeps a policy's training steady: KL control, score shaping, guarded gradients."""
 
 import math
+import warnings
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,6 +14,8 @@ import torch
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
+from hcrlhf.multiplier import ProjectedMultiplier
+from hcrlhf.ppo import PPO
 from tests.test_rloo import rollout_of
 
 
@@ -75,6 +80,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run()
         ({"kl_coefficient": math.nan}, "kl_coefficient is >= 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is positive, got 0.0; .inf"),
         ({"critic_learning_rate": 0.0}, "critic_learning_rate is positive or null, got 0.0"),
+        ({"kl_coefficient": 0.0, "adaptive_kl": AdaptiveKL(1.0)}, "so that it stays 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
@@ -92,3 +98,47 @@ def test_after_the_warm_up_multipliers_and_kl_coefficient_are_steered() -> None:
     module._steer(rollout, [1.0])
     assert module.kl_coefficient != before[0]
     assert module.dual.multipliers[0] > before[1][0]
+
+
+@pytest.mark.parametrize(
+    ("multiplier", "violations", "words"),
+    [
+        # At its cap from the third step on, for 50 of them.
+        (ProjectedMultiplier(1.0, 0.0, maximum=3.0), [1.0] * 52, "has been at its cap 3 for 50"),
+        # Far from it, and the limit was never kept.
+        (ProjectedMultiplier(0.01, 0.0), [1.0] * 50, "above training's target, λ now 0.5, for 50"),
+        (ProjectedMultiplier(1.0, 0.0), [*[1.0] * 49, -1.0, *[1.0] * 49], None),
+    ],
+)
+def test_a_limit_that_may_not_be_reachable_is_said_once(
+    multiplier: ProjectedMultiplier, violations: list[float], words: str | None
+) -> None:
+    module = policy(multiplier=multiplier)
+    rollout = replace(rollout_of(["a", "b"], [[0.0]] * 2, [1, 1]), costs=np.array([1.0, 3.0]))
+    said = []
+    for g in violations:
+        module.dual.step([g])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            module._warn_unreachable(rollout)
+        said += [str(w.message) for w in caught]
+    if words is None:
+        assert said == []
+    else:
+        assert words in said[-1] and "may not be reachable" in said[-1] and "limit 0" in said[-1]
+        assert len([s for s in said if words in s]) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompts", "minibatches", "processes", "refused"),
+    [(8, 4, 2, False), (8, 5, 2, True), (2, 8, 2, True), (8, 4, 3, True), (1, 1, 1, False)],
+)
+def test_a_minibatch_is_not_shared_by_more_processes_than_it_has_responses(
+    prompts: int, minibatches: int, processes: int, refused: bool
+) -> None:
+    module = policy(learner=PPO(minibatches=minibatches))
+    data = SimpleNamespace(prompts_per_update=prompts)
+    module._trainer = SimpleNamespace(world_size=processes, datamodule=data)
+    refusal = pytest.raises(InputError, match="cannot be shared by") if refused else nullcontext()
+    with refusal:
+        module._check_minibatches()
