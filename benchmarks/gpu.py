@@ -1,37 +1,53 @@
 """Memory and speed of all roles of a 1.5 to 3B model on one card: foretold, and measured on CUDA.
 
-    python -m benchmarks.gpu predict              # anywhere: what each stage will take, no weights
-    python -m benchmarks.gpu measure              # on a CUDA machine: all models, PPO and RLOO
-    python -m benchmarks.gpu measure --memory 12  # the same in 12 GiB of a larger card
+    python -m benchmarks.gpu predict                # anywhere: what each stage takes, no weights
+    python -m benchmarks.gpu measure                # on a CUDA machine: all models, all stages
+    python -m benchmarks.gpu measure --memory 12 8  # and once more in so many GiB of a larger card
     python -m benchmarks.gpu report
 
 Models have their real shapes and random weights, built from the configuration class: nothing is
 downloaded, and neither memory nor speed depends on what the weights are. The sizes are those of
-configs/large and configs/cards: 256 + 256 tokens, LoRA rank 8 on all linear layers, bf16-mixed.
+configs/large and configs/cards: up to 256 + 256 tokens, LoRA rank 8 on all linear layers,
+bf16-mixed.
 
-`measure` makes the passes of one PPO update with the project's own backbone, sampling and
-log-probabilities, and reads max_memory_allocated after each. Rates are of the card that it runs on;
-with --memory they are still that card's. Bounds: a decoding step reads every weight once, so that
-tokens/s <= rows x bandwidth / bytes of weights; an update does about 8 x weights x tokens products
-(forward, recomputed forward, backward through frozen weights), against the card's own matmul rate.
+`measure` builds each model once, gives it the roles of one stage after the other, and makes the
+passes of one update of each with the project's own backbone, sampling and log-probabilities. Every
+pass is made twice, the first time to warm the kernels, and the second one counts. Results are
+printed and written after every stage: what was measured before an error or an end stays. Rates are
+of the card that it runs on; with --memory they are still that card's.
+
+Peaks are max_memory_allocated; beside them stand the allocator's reserved bytes and what the card
+lacks beside these (CUDA's context and its libraries). `--memory` limits what the allocator reserves
+to that many GiB less doctor's allowance for the rest.
+
+Bounds: a decoding step reads every weight once, so that tokens/s <= rows x bandwidth / bytes of
+weights; an update does about 3 x weights x tokens multiply-adds (forward, recomputed forward,
+backward through frozen weights), against the card's own matmul rate. samples/s: of an update of
+rollout_rows responses, its rollout, scoring and steps together.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
+import re
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from hcrlhf import optimizers
 from hcrlhf.backbone import Backbone, LoraOptions
+from hcrlhf.doctor import ALLOWANCE
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.optimizers import adamw
 from hcrlhf.rollouts import Decoding, sample
@@ -67,16 +83,20 @@ BASE = Sizes(
     "policy", "nf4", "bfloat16", True, LoraOptions(8, 16), PROMPT, RESPONSE, 4, checkpointing=True
 )
 # The policy's frozen adapters: reference, reward and cost. Two constraints, so three critics.
+# In an order in which every stage has the roles of the ones before it.
+ROLES = replace(BASE, score_rows=4, rollout_rows=32, frozen=3)
 STAGES: dict[str, Sizes] = {
     "supervised": replace(BASE, stage="supervised"),
     "reward or cost": replace(BASE, stage="preference", rows=8),
-    "PPO, shared critics": replace(BASE, score_rows=4, rollout_rows=32, frozen=3, shared_heads=3),
-    "PPO, separate critics": replace(BASE, score_rows=4, rollout_rows=32, frozen=3, critics=3),
-    "RLOO": replace(BASE, score_rows=4, rollout_rows=32, frozen=3),
-    "RLOO, unpacked rollouts": replace(
-        BASE, score_rows=4, rollout_rows=32, frozen=3, unpacked=True
-    ),
+    "RLOO": ROLES,
+    "RLOO, unpacked rollouts": replace(ROLES, unpacked=True),
+    "PPO, shared critics": replace(ROLES, shared_heads=3),
+    "PPO, separate critics": replace(ROLES, critics=3),
+    "PPO, separate critics, adamw_8bit": replace(ROLES, critics=3, optimizer="adamw_8bit"),
 }
+LIMITED = "PPO, shared critics"  # what is measured within the limits of smaller cards
+WITHOUT_ROLLOUT = ("PPO, separate critics", "PPO, separate critics, adamw_8bit")  # as the one above
+WARM = 8  # tokens of a response that only warms kernels
 
 
 def configuration(name: str) -> Any:
@@ -130,15 +150,20 @@ def roles(model: str, rank: int) -> list[dict[str, Any]]:
 # -- measured --------------------------------------------------------------------------------------
 
 
-def random_backbone(name: str, sizes: Sizes, device: torch.device) -> Backbone:
-    """The roles of `sizes` on a model with random weights, 4-bit ones packed layer by layer."""
+def random_model(name: str, device: torch.device) -> Any:
+    """A model with random weights on the device, its linear layers packed in 4 bits one by one."""
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(configuration(name), dtype=torch.bfloat16)
+    with torch.device(device):
+        model: Any = AutoModelForCausalLM.from_config(
+            configuration(name), dtype=torch.bfloat16, attn_implementation="sdpa"
+        )
     compute = torch.bfloat16 if device.type == "cuda" else torch.float32
-    for parent in list(model.modules()):
+    parents = list(model.named_modules())
+    while parents:
+        _, parent = parents.pop()
         for key, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not model.get_output_embeddings():
                 packed = bnb.nn.Linear4bit(
@@ -147,40 +172,41 @@ def random_backbone(name: str, sizes: Sizes, device: torch.device) -> Backbone:
                     bias=child.bias is not None,
                     compute_dtype=compute,
                     quant_type="nf4",
+                    device="meta",  # its own weight would be drawn for nothing
                 )
                 packed.weight = bnb.nn.Params4bit(
-                    child.weight.data, requires_grad=False, quant_type="nf4"
+                    child.weight.data.cpu() if device.type == "cpu" else child.weight.data,
+                    requires_grad=False,
+                    quant_type="nf4",
                 )
                 packed.bias = child.bias
                 setattr(parent, key, packed.to(device))
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    model.to(device)
     model.is_loaded_in_4bit = True  # PEFT asks
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    backbone = Backbone(model, quantized=True)
-    assert sizes.lora is not None
-    backbone.add_role("policy", sizes.lora, trainable=True)
-    for i in range(sizes.critics):
-        backbone.add_role(f"critic{i}", sizes.lora, trainable=True)
-    for i in range(sizes.frozen):
-        backbone.add_role(f"frozen{i}", sizes.lora, trainable=False)
-    for i in range(sizes.shared_heads + sizes.critics):
-        backbone.add_head(f"critic{i}", trainable=True)
-    backbone.heads.to(device)
-    return backbone
+    release(device)
+    return model
 
 
+def release(device: torch.device) -> None:
+    """Gives back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+@dataclass
 class Meter:
-    """Peak memory and seconds of each phase."""
+    """Of each phase, in its last run: bytes (on CUDA) and seconds."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.peaks: dict[str, int] = {}
-        self.seconds: dict[str, float] = {}
+    device: torch.device
+    peaks: dict[str, int] = field(default_factory=dict)
+    reserved: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, name: str, work: Callable[[], None]) -> None:
+    def run(self, name: str, work: Callable[[], object]) -> None:
         cuda = self.device.type == "cuda"
         if cuda:
             torch.cuda.synchronize()
@@ -190,81 +216,147 @@ class Meter:
         if cuda:
             torch.cuda.synchronize()
             self.peaks[name] = torch.cuda.max_memory_allocated()
+            self.reserved[name] = torch.cuda.max_memory_reserved()
         self.seconds[name] = time.perf_counter() - begin
 
 
-def tokens(rows: int, response: int, vocabulary: int) -> Tokens:
+def tokens(rows: int, response: int, vocabulary: int, shortest: int = PROMPT) -> Tokens:
+    """Prompts of `shortest` to PROMPT tokens, padded on the left, and responses of full length."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(5, vocabulary, (rows, PROMPT + response), generator=generator).tolist()
-    return collate([Encoded(x[:PROMPT], x[PROMPT:]) for x in ids], pad_id=0)
+    cut = [(PROMPT - shortest) * i // rows for i in range(rows)]
+    return collate(
+        [Encoded(x[n:PROMPT], x[PROMPT:]) for n, x in zip(cut, ids, strict=True)], pad_id=0
+    )
 
 
-def measure_one(name: str, stage: str, device: torch.device) -> dict[str, Any]:
-    """One update's passes, twice: the first one warms kernels and makes the optimizer's states."""
-    sizes = STAGES[stage]
-    own = random_backbone(name, sizes, device)
-    optimizer = adamw("adamw", [p for _, p in own.trained_parameters()], 1e-5, 0.0)
-    vocabulary = SHAPES[name][1]["vocab_size"]
-    meter = Meter(device)
-    for _ in range(2):
-        passes(own, sizes, optimizer, vocabulary, meter)
-    told = footprint(configuration(name), sizes)
-    rows, width = sizes.rows, sizes.width
-    return {
-        "model": name,
-        "stage": stage,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else platform.machine(),
-        "peaks": meter.peaks,
-        "foretold": told.phases,
-        "seconds": meter.seconds,
-        "tokens/s": {
-            "rollout": sizes.rollout_rows * RESPONSE / meter.seconds["rollout"],
-            "score": (1 + sizes.frozen + sizes.critics) * rows * width / meter.seconds["score"],
-            "update": rows * width * (1 + sizes.critics) / meter.seconds["update"],
-        },
-        "weights": told.parameters,
-        "bytes": told.parts["backbone"],
-    }
+class Bench:
+    """One model on a device, and the passes of an update with the roles that a stage needs.
+
+    Roles are only added: every stage asks for those of the stages before it, and some.
+    """
+
+    def __init__(self, model: str, device: torch.device) -> None:
+        self.model, self.device = model, device
+        self.vocabulary: int = SHAPES[model][1]["vocab_size"]
+        self.own = Backbone(random_model(model, device), quantized=True)
+
+    def give(self, sizes: Sizes) -> tuple[list[str], list[str]]:
+        """Adds what is missing of a stage's roles and heads; the critics, and the shared heads."""
+        critics = [f"critic{i}" for i in range(sizes.critics)]
+        heads = [f"shared{i}" for i in range(sizes.shared_heads)]
+        heads += ["score"] if sizes.stage == "preference" else []
+        for role in ["policy", *(f"frozen{i}" for i in range(sizes.frozen)), *critics]:
+            if role not in self.own.roles:
+                frozen = role.startswith("frozen")
+                self.own.add_role(role, sizes.lora, trainable=not frozen)
+        for head in [*heads, *critics]:
+            if head not in self.own.heads:
+                self.own.add_head(head, trainable=True)
+        self.own.to(self.device)
+        return critics, heads
+
+    def passes(self, sizes: Sizes) -> dict[str, Callable[[int], None]]:
+        """Those of a stage's update, in their order, by how many tokens a response has."""
+        own, device = self.own, self.device
+        critics, shared = self.give(sizes)
+        # As Lightning does it: a weight is cast for each use, and no copy is kept.
+        autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+        optimizer = adamw(
+            cast(optimizers.Name, sizes.optimizer),
+            [p for _, p in own.trained_parameters()],
+            1e-5,
+            0.0,
+        )
+        batch = tokens(sizes.rows, RESPONSE, self.vocabulary).to(device)
+
+        def rollout(length: int) -> None:
+            prompts = tokens(sizes.rollout_rows, 0, self.vocabulary, PROMPT // 2).to(device)
+            copies = own.unpacked() if sizes.unpacked else nullcontext()
+            with autocast, own.merged("policy"), copies:
+                # No token stops a response, so that all have full length.
+                seeds = list(range(len(prompts)))
+                found = sample(own, prompts, seeds, Decoding(), length, [-1], 0)
+            assert found.response_ids.shape == (sizes.rollout_rows, length)
+
+        def test(length: int) -> None:
+            # As the safety test draws: packed weights, no mixed precision.
+            prompts = tokens(sizes.rollout_rows, 0, self.vocabulary, PROMPT // 2).to(device)
+            with own.merged("policy"):
+                seeds = list(range(len(prompts)))
+                sample(own, prompts, seeds, Decoding(), length, [-1], 0)
+
+        def score(length: int) -> None:
+            frozen = [role for role in own.roles if role.startswith("frozen")]
+            readers: dict[str, Any] = dict.fromkeys([*frozen, *critics], lambda h, t: h[:, -1])
+            readers["policy"] = own.log_probs
+            with autocast, own.inference():
+                found = own.read([batch], readers)
+            assert bool(found["policy"][0].isfinite().all())
+
+        read = own.scores if sizes.stage == "preference" else own.values
+
+        def update(length: int) -> None:
+            own.train()
+            own.restore_trainable()
+            for role in ["policy", *critics]:
+                with own.role(role):
+                    with autocast:
+                        hidden = own.hidden(batch)
+                        heads = shared if role == "policy" else [role]
+                        losses = [read(head, hidden, batch).sum() for head in heads]
+                        if role == "policy" and sizes.stage != "preference":
+                            losses.append(own.log_probs(hidden, batch).sum())
+                        loss = torch.stack(losses).sum()
+                    del hidden, losses
+                    loss.backward()
+
+        def step(length: int) -> None:
+            gradients = [p.grad for _, p in own.trained_parameters() if p.grad is not None]
+            assert all(bool(g.isfinite().all()) for g in gradients) and gradients
+            optimizer.step()
+            optimizer.zero_grad()
+
+        found: dict[str, Callable[[int], None]] = {"update": update, "step": step}
+        if sizes.stage == "policy":
+            found = {"score": score, **found}
+        return {"rollout": rollout, **found, "test": test} if sizes.rollout_rows else found
+
+    def measured(self, stage: str, within: float | None = None) -> dict[str, Any]:
+        """A stage's update, after a short one that warms kernels and makes optimizer states."""
+        sizes, meter = STAGES[stage], Meter(self.device)
+        if stage in WITHOUT_ROLLOUT:
+            sizes = replace(sizes, rollout_rows=0)
+        work = self.passes(sizes)
+        if stage != LIMITED or within is not None:
+            work.pop("test", None)  # the same everywhere, and slow
+        for length in (WARM, RESPONSE):
+            for name, run in work.items():
+                meter.run(name, partial(run, length))
+        seconds, rows = meter.seconds, sizes.rows
+        read = {"score": 1 + sizes.frozen + sizes.critics, "update": 1 + sizes.critics}
+        speed = {n: rows * sizes.width * k / seconds[n] for n, k in read.items() if n in work}
+        row: dict[str, Any] = {
+            "peaks": meter.peaks,
+            "reserved": meter.reserved,
+            "outside": outside(self.device),
+            "seconds": seconds,
+            "tokens/s": speed,
+        }
+        if "rollout" in work:
+            count = sizes.rollout_rows
+            speed["rollout"] = count * RESPONSE / seconds["rollout"]
+            each = (seconds["score"] + seconds["update"]) / rows
+            row["samples/s"] = count / (seconds["rollout"] + count * each + seconds["step"])
+        return row
 
 
-def passes(own: Backbone, sizes: Sizes, optimizer: Any, vocabulary: int, meter: Meter) -> None:
-    device = meter.device
-    autocast = torch.autocast(device.type, torch.bfloat16)
-    prompts = tokens(sizes.rollout_rows, 0, vocabulary).to(device)
-    batch = tokens(sizes.rows, RESPONSE, vocabulary).to(device)
-
-    def rollout() -> None:
-        copies = own.unpacked() if sizes.unpacked else nullcontext()
-        with autocast, own.merged("policy"), copies:
-            # No token stops a response, so that all have full length.
-            sample(own, prompts, list(range(len(prompts))), Decoding(), RESPONSE, [-1], 0)
-
-    def score() -> None:
-        with autocast, own.inference():
-            readers: dict[str, Any] = dict.fromkeys(own.roles, lambda h, t: h[:, -1])
-            readers["policy"] = lambda h, t: own.log_probs(h, t)
-            own.read([batch], readers)
-
-    def update() -> None:
-        own.train()
-        own.restore_trainable()
-        for role in ["policy", *(r for r in own.roles if r.startswith("critic"))]:
-            with own.role(role):
-                with autocast:
-                    hidden = own.hidden(batch)
-                    heads = [role] if role != "policy" else list(own.heads)[: sizes.shared_heads]
-                    values = [own.values(head, hidden, batch).sum() for head in heads]
-                    if role == "policy":
-                        values.append(own.log_probs(hidden, batch).sum())
-                    loss = torch.stack(values).sum()
-                loss.backward()
-
-    def step() -> None:
-        optimizer.step()
-        optimizer.zero_grad()
-
-    for work in (rollout, score, update, step):
-        meter.run(work.__name__, work)
+def outside(device: torch.device) -> int:
+    """Bytes of the card that are neither free nor the allocator's: contexts and libraries."""
+    if device.type != "cuda":
+        return 0
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
 
 
 def rates(device: torch.device) -> dict[str, float]:
@@ -274,30 +366,57 @@ def rates(device: torch.device) -> dict[str, float]:
     a = a[:, None] * a[None, :]
     meter = Meter(device)
     for _ in range(2):
-        meter.run("copy", lambda: [x.clone() for _ in range(5)] and None)
-        meter.run("matmul", lambda: [a @ a for _ in range(20)] and None)
+        meter.run("copy", lambda: [x.clone() for _ in range(5)])
+        meter.run("matmul", lambda: [a @ a for _ in range(20)])
     return {
         "bytes/s": 5 * 2 * x.numel() * 2 / meter.seconds["copy"],
         "multiply-adds/s": 20 * len(a) ** 3 / meter.seconds["matmul"],
     }
 
 
-def measure(models: list[str], memory: float | None, device: torch.device) -> None:
-    if memory is not None:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(memory * GIB / total)
-    found: dict[str, Any] = {"memory": memory, **versions(device), "rates": rates(device)}
-    found["rows"] = []
+def measure(models: list[str], limits: list[float], device: torch.device, folder: Path) -> None:
+    """Every stage of every model, and LIMITED once more within each limit in GiB."""
+    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower())}.json"
+    found: dict[str, Any] = {"card": card, **versions(device), "rates": rates(device), "rows": []}
+    print(json.dumps(found), flush=True)
+    if path.is_file():
+        before = json.loads(path.read_text())
+        if all(before[name] == found[name] for name in found if name not in ("rates", "rows")):
+            found["rows"] = before["rows"]
+    release(device)
     for model in models:
-        for stage in ("PPO, shared critics", "RLOO", "RLOO, unpacked rollouts"):
-            row = measure_one(model, stage, device)
-            found["rows"].append(row)
+        bench: Bench | None = None
+        for stage, memory in [(s, m) for s in STAGES for m in (None, *limits)]:
+            if memory is not None and stage != LIMITED:
+                continue
+            row: dict[str, Any] = {"model": model, "stage": stage, "memory": memory}
+            try:
+                limit(memory, device)
+                bench = bench or Bench(model, device)
+                row |= bench.measured(stage, memory)
+            except Exception as error:  # what the others have found stays
+                row["error"] = traceback.format_exception_only(error)[-1].strip()
+                traceback.print_exc()
+            # Not before the error is gone, whose frames hold what was allocated.
+            limit(None, device)
+            release(device)
+            keys = ("model", "stage", "memory")
+            others = [r for r in found["rows"] if any(r[k] != row[k] for k in keys)]
+            found["rows"] = [*others, row]
             print(json.dumps(row), flush=True)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-    if models != ["tiny"]:
-        name = "gpu.json" if memory is None else f"gpu-{memory:g}gb.json"
-        (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n")
+            path.write_text(json.dumps(found, indent=1) + "\n")
+        del bench
+        release(device)
+    print("\n".join(tables(found)))
+
+
+def limit(memory: float | None, device: torch.device) -> None:
+    """What the allocator may reserve: that many GiB less what a card needs besides; None: all."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(0).total_memory
+        allowed = total if memory is None else memory * GIB - ALLOWANCE
+        torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
 
 
 def versions(device: torch.device) -> dict[str, str]:
@@ -305,10 +424,14 @@ def versions(device: torch.device) -> dict[str, str]:
     import peft
     import transformers
 
-    modules = {"torch": torch, "transformers": transformers, "peft": peft}
-    names = {name: str(module.__version__) for name, module in modules.items()}  # type: ignore[attr-defined]
-    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    return {**names, "bitsandbytes": str(bitsandbytes.__version__), "card": card}
+    modules: dict[str, Any] = {
+        "torch": torch,
+        "transformers": transformers,
+        "peft": peft,
+        "bitsandbytes": bitsandbytes,
+    }
+    cuda = str(torch.version.cuda) if device.type == "cuda" else "none"
+    return {name: str(module.__version__) for name, module in modules.items()} | {"cuda": cuda}
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -370,42 +493,66 @@ def measured() -> list[str]:
     files = sorted(RESULTS.glob("gpu*.json"))
     if not files:
         return ["**Measured on CUDA: not yet.** The command is `python -m benchmarks.gpu measure`."]
-    lines = []
-    for path in files:
-        found = json.loads(path.read_text())
-        limit = "" if found["memory"] is None else f", held to {found['memory']:g} GiB"
-        names = ", ".join(f"{n} {found[n]}" for n in ("torch", "transformers", "bitsandbytes"))
-        lines += [
-            f"**Measured** on {found['card']}{limit} ({names}):",
-            "",
-            "| model | stage | phase | peak, GiB | foretold | tokens/s | share of the bound |",
-            "|---|---|---|---|---|---|---|",
-        ]
-        for row in found["rows"]:
-            for phase in ("rollout", "score", "update"):
-                lines.append(
-                    f"| {row['model']} | {row['stage']} | {phase} | {gib(row['peaks'][phase])} | "
-                    f"{gib(row['foretold'][phase])} | {row['tokens/s'][phase]:,.0f} | "
-                    f"{share_of_bound(row, phase, found['rates']):.1%} |"
-                )
-        lines.append("")
-    return lines
+    return [line for path in files for line in tables(json.loads(path.read_text()))]
 
 
-def share_of_bound(row: dict[str, Any], phase: str, own: dict[str, float]) -> float:
+def tables(found: dict[str, Any]) -> list[str]:
+    """What was measured on one card, beside what was foretold where that is known."""
+    names = ("torch", "cuda", "transformers", "peft", "bitsandbytes")
+    lines = [
+        f"**Measured** on {found['card']} ({', '.join(f'{n} {found[n]}' for n in names)}); a copy "
+        f"moves {found['rates']['bytes/s'] / 1e9:,.0f} GB/s, a bf16 product makes "
+        f"{found['rates']['multiply-adds/s'] / 1e12:,.1f}e12 multiply-adds/s:",
+        "",
+        "| model | stage | within, GiB | phase | peak, GiB | foretold | reserved | tokens/s | "
+        "share of the bound | samples/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    memory = RESULTS / "memory.json"
+    rows = json.loads(memory.read_text()) if memory.is_file() else []
+    known = {(row["model"], row["stage"]): row for row in rows if "stage" in row}
+    for row in found["rows"]:
+        within = "all" if row["memory"] is None else f"{row['memory']:g}"
+        start = f"| {row['model']} | {row['stage']} | {within} |"
+        if "error" in row:
+            lines.append(f"{start} {row['error'][:80]} | | | | | | |")
+            continue
+        told = known.get((row["model"], row["stage"]))
+        for phase in row["seconds"]:
+            cells = [phase]
+            cells += [gib(row[x][phase]) if row[x] else "" for x in ("peaks",)]
+            cells += [gib(told["phases"][phase]) if told else ""]
+            cells += [gib(row["reserved"][phase]) if row["reserved"] else ""]
+            speed = row["tokens/s"].get(phase)
+            cells += [f"{speed:,.0f}" if speed else ""]
+            share = share_of_bound(row, phase, told, found["rates"]) if told and speed else None
+            cells += [f"{share:.1%}" if share else ""]
+            cells += [f"{row['samples/s']:.2f}" if phase == "rollout" else ""]
+            lines.append(f"{start} {' | '.join(cells)} |")
+    outsides = [row["outside"] for row in found["rows"] if row.get("outside")]
+    if outsides:
+        lines += ["", f"Beside the allocator the card lacks at most {gib(max(outsides))} GiB."]
+    return [*lines, ""]
+
+
+def share_of_bound(
+    row: dict[str, Any], phase: str, told: dict[str, Any], own: dict[str, float]
+) -> float:
+    weights, speed = told["parameters"], float(row["tokens/s"][phase])
     if phase == "rollout":
-        rows = STAGES[row["stage"]].rollout_rows
-        return float(row["tokens/s"][phase] / (rows * own["bytes/s"] / row["bytes"]))
-    products = {"score": 1, "update": 3}[phase] * row["weights"]
-    return float(row["tokens/s"][phase] / (own["multiply-adds/s"] / products))
+        sizes = STAGES[row["stage"]]
+        read = 2 * weights if sizes.unpacked else told["parts"]["backbone"]
+        return speed / (sizes.rollout_rows * own["bytes/s"] / read)
+    return speed / (own["multiply-adds/s"] / ({"score": 1, "update": 3}[phase] * weights))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Memory and speed of 1.5 to 3B models.")
     parser.add_argument("command", choices=["predict", "measure", "report"])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(LARGE))
-    parser.add_argument("--memory", type=float, help="GiB of the card that may be used")
+    parser.add_argument("--memory", type=float, nargs="*", default=[], help="GiB of smaller cards")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is measured")
     options = parser.parse_args()
     if options.command == "predict":
         predict(options.models)
@@ -414,7 +561,9 @@ def main() -> None:
     else:
         if options.device == "cuda" and not torch.cuda.is_available():
             raise SystemExit("no CUDA device; --device cpu --models tiny tries the code")
-        measure(options.models, options.memory, torch.device(options.device))
+        if options.device != "cuda" and options.out == RESULTS:
+            raise SystemExit("no results of a CPU beside those of cards; name another --out")
+        measure(options.models, options.memory, torch.device(options.device), options.out)
 
 
 if __name__ == "__main__":

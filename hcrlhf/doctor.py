@@ -366,7 +366,12 @@ def main(arguments: Sequence[str], parse: Parse) -> int:
     base = base_of(config, sft)
     sizes = sizes_of(config, base)
     own = model_config(base.source)
-    told = footprint(own, sizes)
+    on_cpu = config["trainer"].get("accelerator") == "cpu"
+
+    def foretold(sizes: Sizes) -> Footprint:
+        return footprint(own, sizes, "cpu" if on_cpu else "cuda")
+
+    told = foretold(sizes)
     print(report(config, base, sizes, told))
     findings = checks(config, base)
     for finding in findings:
@@ -376,7 +381,7 @@ def main(arguments: Sequence[str], parse: Parse) -> int:
         fits = told.peak + ALLOWANCE <= available
         print(f"\n{options.memory}: {'fits' if fits else 'DOES NOT FIT'}")
         if not fits:
-            for key, peak in best_remedies(sizes, told, lambda s: footprint(own, s)):
+            for key, peak in best_remedies(sizes, told, foretold):
                 print(f"  {key}  -> {(peak + ALLOWANCE) / GIB:.2f} GiB")
     return FITS if fits and all(f.good for f in findings) else TOO_LARGE
 
@@ -402,6 +407,7 @@ def report(config: Config, base: Base, sizes: Sizes, told: Footprint) -> str:
         "update": f"{sizes.rows * sizes.batch} sequences per backward pass"
         + ("" if sizes.checkpointing else ", no gradient checkpointing"),
         "step": f"gradients, and {sizes.optimizer}",
+        "test": f"{sizes.rollout_rows} responses of the safety test, without mixed precision",
     }
     for name, peak in told.phases.items():
         beside = _size(told.working[name])

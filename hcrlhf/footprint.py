@@ -16,7 +16,7 @@ import gc
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
@@ -33,7 +33,8 @@ BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, sca
 # Of the optimizer, per trained weight; the driver may move paged states off the card.
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}
 FEW, MANY = 3, 6  # layers from which a deep model is foretold
-ROLLOUT_STEPS = ("first token", "last token")
+STEPS = ("first token", "last token")  # of a rollout
+Device = Literal["cuda", "cpu"]
 
 
 class LiveBytes(TorchDispatchMode):
@@ -154,16 +155,13 @@ class _Unpacked(torch.autograd.Function):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer, 4-bit or not, with `roles` LoRA adapters of which one or several are read.
+    """A linear layer, 4-bit or not, with LoRA adapters of which one or several are read."""
 
-    Args:
-        compute: dtype of 4-bit products.
-    """
-
-    def __init__(self, layer: nn.Linear, sizes: Sizes, adapted: bool, compute: torch.dtype) -> None:
+    def __init__(self, layer: nn.Linear, sizes: Sizes, adapted: bool, device: Device) -> None:
         super().__init__()
         shape = (layer.out_features, layer.in_features)
-        self.shape, self.compute = shape, compute
+        self.shape, self.on_gpu = shape, device == "cuda"
+        self.compute = torch.bfloat16 if self.on_gpu else torch.float32  # of 4-bit products
         self.quantized = sizes.quantization == "nf4"
         if self.quantized:
             count = shape[0] * shape[1]
@@ -211,7 +209,9 @@ class AdaptedLinear(nn.Module):
         return result.to(x.dtype).clone()
 
     def _change(self, x: Tensor, role: int, dtype: torch.dtype) -> Tensor:
-        if not torch.is_autocast_enabled("cpu"):
+        # PEFT widens what a LoRA layer is given; on 4 bits it does not under autocast, by which it
+        # means CUDA's alone.
+        if not (self.quantized and self.on_gpu and torch.is_autocast_enabled("cpu")):
             x = x.to(self.down[role].dtype)
         low = nn.functional.linear(x, self.down[role])
         return (nn.functional.linear(low, self.up[role]) * 2.0).to(dtype)
@@ -220,7 +220,7 @@ class AdaptedLinear(nn.Module):
 class _Model:
     """A causal language model without memory, whose last hidden states are its output."""
 
-    def __init__(self, config: Any, sizes: Sizes, compute: torch.dtype) -> None:
+    def __init__(self, config: Any, sizes: Sizes, device: Device) -> None:
         from transformers import AutoModelForCausalLM
 
         self.sizes = sizes
@@ -234,7 +234,7 @@ class _Model:
         self.output.requires_grad_(full)
         self.layers: list[AdaptedLinear] = []
         if not full:
-            self._adapt(compute)
+            self._adapt(device)
         if sizes.checkpointing:
             # No random numbers are drawn, and those of such tensors have no state to keep.
             options = {"use_reentrant": False, "preserve_rng_state": False}
@@ -242,7 +242,7 @@ class _Model:
         count = 1 if sizes.stage == "preference" else sizes.shared_heads + sizes.critics
         self.heads = [nn.Linear(config.hidden_size, 1) for _ in range(count)]
 
-    def _adapt(self, compute: torch.dtype) -> None:
+    def _adapt(self, device: Device) -> None:
         lora = self.sizes.lora
         assert lora is not None
         chosen = lora.target_modules
@@ -250,7 +250,7 @@ class _Model:
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and child is not self.output:
                     adapted = chosen == "all-linear" or name in chosen
-                    layer = AdaptedLinear(child, self.sizes, adapted, compute)
+                    layer = AdaptedLinear(child, self.sizes, adapted, device)
                     setattr(parent, name, layer)
                     self.layers.append(layer)
         if not any(len(layer.down) for layer in self.layers):
@@ -301,20 +301,20 @@ class _Model:
         return [*self.model.parameters(), *self.output.parameters()]
 
 
-def footprint(config: Any, sizes: Sizes, compute: torch.dtype | None = None) -> Footprint:
+def footprint(config: Any, sizes: Sizes, device: Device = "cuda") -> Footprint:
     """What a stage takes with a model of this configuration.
 
     Layers that are all alike add alike: a deep model is foretold from FEW and MANY of its layers.
 
     Args:
         config: of transformers, as `AutoConfig` reads it.
-        compute: dtype of 4-bit products; None is bfloat16, as on a GPU.
+        device: where it will run; 4-bit products are made in float32 on a CPU.
     """
     depth = config.num_hidden_layers
     kinds = set(getattr(config, "layer_types", None) or ["alike"])
     if depth <= 2 * MANY or len(kinds) > 1:
-        return _joined(_footprint(config, sizes, compute))
-    few, many = (_footprint(_shallow(config, n), sizes, compute) for n in (FEW, MANY))
+        return _joined(_footprint(config, sizes, device))
+    few, many = (_footprint(_shallow(config, n), sizes, device) for n in (FEW, MANY))
 
     def deep(a: int, b: int) -> int:
         return round(a + (b - a) * (depth - FEW) / (MANY - FEW))
@@ -337,9 +337,11 @@ def _joined(found: Footprint) -> Footprint:
     """Both steps of a rollout as one phase: the larger one, which the depth may have changed."""
 
     def join(bytes_: dict[str, int]) -> dict[str, int]:
-        steps = [bytes_[name] for name in ROLLOUT_STEPS if name in bytes_]
-        rollout = {"rollout": max(steps)} if steps else {}
-        return rollout | {k: v for k, v in bytes_.items() if k not in ROLLOUT_STEPS}
+        joined: dict[str, int] = {}
+        for name, count in bytes_.items():
+            phase = name.partition(",")[0]
+            joined[phase] = max(count, joined.get(phase, 0))
+        return joined
 
     return replace(found, phases=join(found.phases), working=join(found.working))
 
@@ -353,13 +355,13 @@ def _shallow(config: Any, layers: int) -> Any:
     return result
 
 
-def _footprint(config: Any, sizes: Sizes, compute: torch.dtype | None) -> Footprint:
+def _footprint(config: Any, sizes: Sizes, device: Device) -> Footprint:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with FakeTensorMode(allow_non_fake_inputs=True), LiveBytes() as live:
-            return _measured(_Model(config, sizes, compute or torch.bfloat16), live)
+            return _measured(_Model(config, sizes, device), live)
 
 
 def _measured(model: _Model, live: LiveBytes) -> Footprint:
@@ -377,9 +379,7 @@ def _measured(model: _Model, live: LiveBytes) -> Footprint:
     resident = live.now + parts["optimizer"]
     working: dict[str, int] = {}
     if sizes.stage == "policy":
-        for name, step in zip(ROLLOUT_STEPS, (_first_token, _last_token), strict=True):
-            with _phase(name, working, live):
-                step(model)
+        _rollout("rollout", model, working, live)
         with _phase("score", working, live):
             _score(model)
     with _phase("update", working, live):
@@ -387,6 +387,10 @@ def _measured(model: _Model, live: LiveBytes) -> Footprint:
     gradients = sum(p.numel() * 4 for p in trained)
     # One temporary per weight: PyTorch's AdamW works on all of them together.
     working["step"] = gradients + round(count * 4 * (sizes.optimizer == "adamw"))
+    if sizes.stage == "policy":
+        # The safety test answers as the policy will be used: without mixed precision, and packed.
+        model.sizes = replace(sizes, mixed=False, unpacked=False)
+        _rollout("test", model, working, live)
     names = {name: resident + bytes_ for name, bytes_ in working.items()}
     return Footprint(_parameters(model), count, parts, names, working)
 
@@ -414,7 +418,14 @@ def _phase(name: str, working: dict[str, int], live: LiveBytes) -> Iterator[None
 
 
 def _autocast(sizes: Sizes) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if sizes.mixed else nullcontext()
+    """As Lightning does it: a weight is cast for each use, and no copy of it is kept."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=sizes.mixed, cache_enabled=False)
+
+
+def _rollout(name: str, model: _Model, working: dict[str, int], live: LiveBytes) -> None:
+    for step, run in zip(STEPS, (_first_token, _last_token), strict=True):
+        with _phase(f"{name}, {step}", working, live):
+            run(model)
 
 
 def _first_token(model: _Model) -> None:

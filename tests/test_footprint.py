@@ -99,10 +99,12 @@ def measured(own: Backbone, mixed: bool, unpacked: bool = False) -> dict[str, in
     """Peaks beside the weights, of the same passes as a policy makes."""
     found: dict[str, int] = {}
     roles = list(own.roles)
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False)
     copies = own.unpacked() if unpacked else nullcontext()
     with counted(found, "rollout"), autocast, own.merged("policy"), copies:
         never = [10**6]
+        sample(own, tokens(ROLLOUT_ROWS, 0), [0] * ROLLOUT_ROWS, Decoding(), RESPONSE, never, 0)
+    with counted(found, "test"), own.merged("policy"):
         sample(own, tokens(ROLLOUT_ROWS, 0), [0] * ROLLOUT_ROWS, Decoding(), RESPONSE, never, 0)
     with counted(found, "score"), autocast, own.inference():
         readers = {role: (lambda h, t: h[:, -1]) for role in roles}
@@ -164,11 +166,60 @@ def test_what_is_foretold_is_what_is_taken(
         merged=not source,
         checkpointing=checkpointing,
     )
-    told = footprint(AutoConfig.from_pretrained(folder), sizes, compute=torch.float32)
+    told = footprint(AutoConfig.from_pretrained(folder), sizes, "cpu")
     assert told.trained == sum(p.numel() for _, p in own.trained_parameters())
     assert told.parts["backbone"] + told.parts["adapters"] == pytest.approx(weights, rel=0.03)
     for phase, peak in found.items():
         assert told.working[phase] + weights == pytest.approx(peak + weights, rel=TOLERANCE), phase
+
+
+@pytest.mark.parametrize("stage", ["supervised", "preference"])
+@pytest.mark.parametrize(
+    ("source", "mixed"), [({"quantization": "nf4"}, False), ({"dtype": "bfloat16"}, True)]
+)
+def test_the_earlier_stages_and_their_optimizer_step_are_foretold_too(
+    tmp_path: Path,
+    make_llama: Any,
+    source: dict[str, Any],
+    mixed: bool,
+    stage: Any,
+) -> None:
+    folder = model_of(tmp_path, make_llama)
+    own = backbone(folder, source, checkpointing=True, frozen=0)
+    if stage == "supervised":
+        own.heads.clear()
+    storages = {t.untyped_storage() for t in own.state_dict().values()}
+    weights = sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    trained = [p for _, p in own.trained_parameters()]
+    # As on a GPU, where AdamW works on all weights together.
+    optimizer = torch.optim.AdamW(trained, foreach=True)
+    own.train()
+    own.restore_trainable()
+    found = {}
+    with LiveBytes() as live:
+        with own.role("policy"):
+            with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+                # Two passes, whose activations live until one backward pass.
+                states = [own.hidden(tokens(ROWS)) for _ in range(2)]
+                if stage == "supervised":
+                    losses = [own.log_probs(x, tokens(ROWS)).sum() for x in states]
+                else:
+                    losses = [own.scores("value", x, tokens(ROWS)).sum() for x in states]
+                loss = torch.stack(losses).sum()
+            del states, losses
+            loss.backward()
+            del loss
+        found["update"] = live.peak
+        live.restart()
+        optimizer.step()
+        found["step"] = live.peak
+    sizes = replace(policy_sizes(source, mixed=mixed, checkpointing=True), stage=stage)
+    told = footprint(AutoConfig.from_pretrained(folder), replace(sizes, batch=2), "cpu")
+    states_of_optimizer = {"update": 0, "step": told.parts["optimizer"]}  # made in the first step
+    assert told.trained == sum(p.numel() for p in trained)
+    for phase, peak in found.items():
+        foretold = told.working[phase] + states_of_optimizer[phase] + weights
+        assert foretold == pytest.approx(peak + weights, rel=TOLERANCE), phase
 
 
 def test_unpacked_rollouts_are_foretold_too(tmp_path: Path, make_llama: Any) -> None:
@@ -179,9 +230,7 @@ def test_unpacked_rollouts_are_foretold_too(tmp_path: Path, make_llama: Any) -> 
     unpacked = measured(own, mixed=False, unpacked=True)
     sizes = policy_sizes(source, mixed=False, frozen=2, shared_heads=1, checkpointing=True)
     config = AutoConfig.from_pretrained(folder)
-    told, more = (
-        footprint(config, replace(sizes, unpacked=u), compute=torch.float32) for u in (False, True)
-    )
+    told, more = (footprint(config, replace(sizes, unpacked=u), "cpu") for u in (False, True))
     weights = sum(told.parts.values()) - told.parts["optimizer"]
     for found, foretold in ((packed, told), (unpacked, more)):
         for phase, peak in found.items():
@@ -207,7 +256,7 @@ def test_a_deep_model_is_foretold_from_a_shallow_one(
     source = {"quantization": "nf4", "dtype": "bfloat16"}
     sizes = policy_sizes(source, mixed=True, frozen=3, shared_heads=2, checkpointing=True)
     sizes = replace(sizes, stage=stage)
-    quick, whole = footprint(config, sizes), _joined(_footprint(config, sizes, None))
+    quick, whole = footprint(config, sizes), _joined(_footprint(config, sizes, "cuda"))
     assert (quick.parameters, quick.trained) == (whole.parameters, whole.trained)
     assert quick.parts == whole.parts
     for phase, bytes_ in whole.phases.items():
