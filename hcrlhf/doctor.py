@@ -19,9 +19,10 @@ from hcrlhf.constraint import Constraint, PaperPessimism
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.gate import Gate
+from hcrlhf.machine import model_config
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, read_stage
-from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer, one_line
+from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer
 
 GIB = 2**30
 # Beside PyTorch's allocator, which is what is foretold: CUDA's context, cuBLAS and kernels, and
@@ -158,21 +159,30 @@ def sizes_of(config: Config, base: Base) -> Sizes:
     )
 
 
-def model_config(source: BackboneSource) -> Any:
-    """config.json of a model folder or hub id; no weights.
+def require_card(config: Config, total: int) -> str | None:
+    """What to say of a card that may be too small for a stage; None where it is not.
+
+    Args:
+        total: bytes of the card.
 
     Raises:
-        InputError: there is none.
+        InputError: it is too small whatever CUDA needs beside the tensors.
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(source.model, revision=source.revision)
-    except Exception as error:
-        raise InputError(
-            f"no config.json could be read for {source.model!r} ({one_line(error)}); expected the "
-            "folder of a model, or a hub id that can be reached"
-        ) from error
+        base = base_of(config, None)
+        told = footprint(model_config(base.source), sizes_of(config, base))
+    except Exception:  # a model that cannot be foretold may well run
+        return None
+    if told.peak + ALLOWANCE <= total:
+        return None
+    words = (
+        f"foretold to need {_size(told.peak)} of tensors and about {_size(ALLOWANCE)} beside them, "
+        f"on a card of {_size(total)}; hcrlhf doctor, with this config and --memory, names keys to "
+        "change"
+    )
+    if told.peak > total:
+        raise InputError(f"this stage does not fit: {words}")
+    return f"this stage may not fit: {words}"
 
 
 # -- what would make it fit ------------------------------------------------------------------------

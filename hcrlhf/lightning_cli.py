@@ -27,12 +27,16 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins import BitsandbytesPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import (
+    rank_zero_info,
+    rank_zero_only,
+    rank_zero_warn,
+)
 
 # What YAML may name without a second thought: importing registers the classes.
 from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
-from hcrlhf import resume
+from hcrlhf import doctor, resume
 from hcrlhf.certificate import PLAN_FILE, VERDICT_FILE, read_verdict, verdict_record
 from hcrlhf.cli import (
     INTERRUPTED,
@@ -293,9 +297,23 @@ class CLI(LightningCLI):
                 "trainer.default_root_dir"
             )
 
+    def _require_card(self) -> None:
+        """
+        Raises:
+            InputError: the card is too small for what is foretold.
+        """
+        device = self.trainer.strategy.root_device
+        if device.type != "cuda":
+            return
+        whole = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
+        total = torch.cuda.get_device_properties(device).total_memory
+        if doubt := doctor.require_card(whole[self.subcommand], total):
+            rank_zero_warn(doubt)
+
     def before_fit(self) -> None:
         """Settings of the trainer that cannot reach a module which steps by itself."""
         self._require_no_verdict()
+        self._require_card()
         if self.model.automatic_optimization:
             return
         if self.trainer.gradient_clip_val is not None:

@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hcrlhf.backbone import SCALE_SETTINGS
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import file_sha256, json_hash, source_file
+from hcrlhf.hashing import file_sha256, json_hash, read_json, source_file
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.text import one_line
 
@@ -152,8 +153,9 @@ def _get(settings: Settings, key: str) -> Any:
 def identity(path: Path) -> str | None:
     """A hash of a file, or of what tells a stage or model folder from another; None: neither.
 
-    Of a folder's weights only adapter and head are read. A stage compares the hash of its backbone
-    by itself, and the weights of a base model count here by name and size.
+    Of a folder's weights only adapter and head are read, and what scales the adapter. A stage
+    compares the hash of its backbone by itself, and the weights of a base model count here by name
+    and size.
     """
     if path.is_file():
         return file_sha256(path)
@@ -161,6 +163,9 @@ def identity(path: Path) -> str | None:
         return None
     names = (STAGE_FILE, "config.json", "adapter_model.safetensors", "head.safetensors")
     content = {n: file_sha256(path / n) for n in names if (path / n).is_file()}
+    if (path / "adapter_config.json").is_file():
+        record = read_json(path / "adapter_config.json")
+        content["scale"] = json_hash({key: record.get(key) for key in SCALE_SETTINGS})
     sizes = {p.name: p.stat().st_size for p in [*path.glob("*.safetensors"), *path.glob("*.bin")]}
     return json_hash({"content": content, "sizes": sizes})
 

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hcrlhf import optimizers, processes
+from hcrlhf import machine, optimizers, processes
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.errors import InputError
 from hcrlhf.resume import rng_state, set_rng_state
@@ -239,6 +239,15 @@ class AdapterModule(StageModule):
     group_size: int | None = None  # sequences per pass of `in_groups`
     _group_at_a_time = False  # forward again in the backward pass, so that memory holds one group
     _rows = 1  # of the last batch
+
+    def require_machine(self, source: BackboneSource, lora: LoraOptions | None) -> None:
+        """Before weights are downloaded or loaded: `machine.require`.
+
+        Args:
+            lora: of an adapter that is begun anew; None where one goes on, or there is none.
+        """
+        used = self.optimizer if self.trainer.state.fn == "fit" else "adamw"
+        machine.require(source, lora, used, self.trainer.strategy.root_device)
 
     def build_backbone(
         self, source: BackboneSource, full: bool = False, dropout: bool = True

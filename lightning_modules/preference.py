@@ -78,17 +78,18 @@ class Preference(PairModule, AdapterModule):
                 "quantization and dtype are fixed by the supervised adapter, which was trained on "
                 f"{sft.backbone.quantization}/{sft.backbone.dtype}; remove them from this config"
             )
-        if fingerprint(sft.backbone.folder) != sft.fingerprint:
-            raise InputError(
-                f"sft: the weights in {sft.backbone.model} are not those that {self.sft} was "
-                "trained on; run the supervised stage again"
-            )
         self.sft_stage = sft
         self.source = replace(
             sft.backbone,
             quantization=self.quantization or sft.backbone.quantization,
             dtype=self.dtype_name or sft.backbone.dtype,
         )
+        self.require_machine(self.source, None if sft.adapter else self.lora or LoraOptions())
+        if fingerprint(sft.backbone.folder) != sft.fingerprint:
+            raise InputError(
+                f"sft: the weights in {sft.backbone.model} are not those that {self.sft} was "
+                "trained on; run the supervised stage again"
+            )
         self.encoder = TextEncoder(load_tokenizer(self.sft), sft.chat)
 
     def configure_model(self) -> None:

@@ -165,6 +165,8 @@ class ScoredPolicy(AdapterModule):
         self._check_trainer(stage)
         self._read_stages()
         self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
+        if self.given is not None:
+            self._check_given(Path(self.given))
 
     def _check_trainer(self, stage: str) -> None:
         """
@@ -208,6 +210,8 @@ class ScoredPolicy(AdapterModule):
         require_same_base(comparable)
         self.stages = stages
         self.source = comparable["sft"].backbone
+        begun = self.given is None and not sft.adapter
+        self.require_machine(self.source, (self.lora or LoraOptions()) if begun else None)
         if fingerprint(self.source.folder) != sft.fingerprint:
             raise InputError(
                 f"sft: the weights in {self.source.model} are not those that {folders['sft']} was "
@@ -291,14 +295,13 @@ class ScoredPolicy(AdapterModule):
             backbone.add_head(role, trainable=False, state=load_head(folders[role]))
         self.backbone = backbone
 
-    def _load_given(self, backbone: Backbone, folder: Path) -> bool:
-        """Loads the given policy; whether it took the place of the one that would be trained.
+    def _check_given(self, folder: Path) -> None:
+        """Before anything is loaded.
 
         Raises:
-            InputError: it is neither adapter nor model, of another backbone, or would answer
-                otherwise than it is tested.
+            InputError: the given policy is neither adapter nor model, of another backbone, or would
+                answer otherwise than it is tested.
         """
-        self._given_files = folder_hashes(folder)
         if (folder / STAGE_FILE).is_file():
             stages = {
                 "sft": self.stages["sft"],
@@ -306,14 +309,18 @@ class ScoredPolicy(AdapterModule):
             }
             require_same_base({**stages, "sft": replace(stages["sft"], backbone=self.source)})
         require_same_answers(folder, self.decoding, self.encoder)
-        if (folder / ADAPTER_FILE).is_file():
-            backbone.load_role(ACTOR, folder, trainable=False)
-            return True
-        if not (folder / "config.json").is_file():
+        if not any((folder / name).is_file() for name in (ADAPTER_FILE, "config.json")):
             raise InputError(
                 f"policy: {folder} holds neither {ADAPTER_FILE} nor config.json; expected the "
                 "folder of a PEFT adapter or of a Hugging Face model"
             )
+
+    def _load_given(self, backbone: Backbone, folder: Path) -> bool:
+        """Loads the given policy; whether it took the place of the one that would be trained."""
+        self._given_files = folder_hashes(folder)
+        if (folder / ADAPTER_FILE).is_file():
+            backbone.load_role(ACTOR, folder, trainable=False)
+            return True
         record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         kept = record.get("dtype") or record.get("torch_dtype")  # as people will load it
         dtype = kept if kept in ("float32", "bfloat16") else self.source.dtype
@@ -623,7 +630,8 @@ class ScoredPolicy(AdapterModule):
             return self.scorers["cost"].provenance()
         folder = Path(self.folders["cost"])
         files = ("adapter_model.safetensors", "head.safetensors")
-        return {name: file_sha256(folder / name) for name in files}
+        hashes = {name: file_sha256(folder / name) for name in files}
+        return {**hashes, **self.backbone.scale_settings("cost")}
 
     def training_prompt_keys(self) -> frozenset[str]:
         given = [] if self.given is None else [self.given]

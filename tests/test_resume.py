@@ -164,6 +164,13 @@ def test_a_stage_folder_is_known_by_what_was_trained(tmp_path: Path) -> None:
     assert identity(tmp_path / "two") == same
     (tmp_path / "two" / "adapter_model.safetensors").write_bytes(b"34")
     assert identity(tmp_path / "two") != same
+    # Other tensors or the same ones scaled otherwise; where the backbone lies says nothing.
+    scales = []
+    for alpha, base in ((8, "here"), (8, "there"), (16, "here")):
+        settings = {"r": 8, "lora_alpha": alpha, "base_model_name_or_path": base}
+        (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(settings))
+        scales.append(identity(tmp_path / "one"))
+    assert scales[0] == scales[1] != scales[2]
     assert identity(tmp_path / "three") is None
 
 

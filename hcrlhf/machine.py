@@ -1,0 +1,105 @@
+"""Whether this machine and a base model can do what a stage asks, before weights are downloaded."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+
+from hcrlhf.backbone import LoraOptions
+from hcrlhf.errors import InputError
+from hcrlhf.optimizers import Name, adamw
+from hcrlhf.stages import BackboneSource
+from hcrlhf.text import one_line
+
+
+def require(
+    source: BackboneSource, lora: LoraOptions | None, optimizer: Name, device: torch.device
+) -> None:
+    """Of a model only config.json is read.
+
+    Args:
+        lora: of an adapter that is begun anew; None where there is none.
+        device: where the stage will run.
+
+    Raises:
+        InputError: 4 bits or an 8-bit optimizer without a bitsandbytes that works on the device, or
+            LoRA without a layer to adapt.
+    """
+    if source.quantization == "nf4":
+        require_four_bits(device)
+    adamw(optimizer, [nn.Parameter(torch.zeros(1))], 1.0, 0.0)
+    if lora is not None:
+        require_targets(model_config(source), lora.target_modules)
+
+
+def require_four_bits(device: torch.device) -> None:
+    """
+    Raises:
+        InputError: bitsandbytes is missing, or has no library for the device.
+    """
+    try:
+        from bitsandbytes.nn import Linear4bit
+
+        layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+        with torch.no_grad():
+            layer.to(device)(torch.zeros(1, 64, device=device))
+    except ImportError as error:
+        raise InputError(
+            f"quantization nf4 needs bitsandbytes ({one_line(error)}); pip install bitsandbytes, "
+            "or set quantization: none"
+        ) from error
+    except (RuntimeError, OSError, AttributeError, NotImplementedError) as error:
+        raise InputError(
+            f"bitsandbytes packs no weights on {device} ({one_line(error)}); install one with a "
+            f"library for CUDA {torch.version.cuda}, which this torch is built for (python -m "
+            "bitsandbytes says what it finds), or set quantization: none"
+        ) from error
+
+
+def require_targets(config: Any, targets: str | list[str]) -> None:
+    """
+    Args:
+        config: of transformers.
+
+    Raises:
+        InputError: no linear layer has a name that LoRA is to adapt.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    if targets == "all-linear":
+        return
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
+    # As PEFT reads them: one regular expression of the whole name, or ends of it.
+    if isinstance(targets, str):
+        found = any(re.fullmatch(targets, name) for name in linear)
+    else:
+        found = any(f".{name}".endswith(f".{target}") for name in linear for target in targets)
+    if not found:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
+        raise InputError(
+            f"LoRA's target_modules {targets} name no linear layer of this model; expected some of "
+            f'{known}, or "all-linear"'
+        )
+
+
+def model_config(source: BackboneSource) -> Any:
+    """config.json of a model folder or hub id; no weights.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.model, revision=source.revision)
+    except Exception as error:
+        raise InputError(
+            f"no config.json could be read for {source.model!r} ({one_line(error)}); expected the "
+            "folder of a model, or a hub id that can be reached"
+        ) from error

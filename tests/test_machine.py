@@ -1,0 +1,134 @@
+"""What a machine or a model cannot do is said before a weight is read."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hcrlhf import backbone, doctor, machine, stages
+from hcrlhf.backbone import LoraOptions
+from hcrlhf.cli import main
+from hcrlhf.errors import InputError
+from hcrlhf.stages import BackboneSource
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def fit(
+    tmp_path: Path,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Any:
+    """The line with which a supervised fit is refused, which reads no weights."""
+
+    def weights(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("weights were read")
+
+    for module in (backbone, stages):
+        for name in ("load_causal_lm", "fingerprint"):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, weights)
+    monkeypatch.setattr("lightning_modules.supervised.fingerprint", weights)
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"prompt": "{i}", "response": "b"}}\n' for i in range(60)))
+
+    def refused(*more: str) -> str:
+        arguments = ["fit", "--config", str(ROOT / "configs/demo/sft.yaml")]
+        arguments += ["--model.init_args.model", str(model_folder)]
+        arguments += ["--data.init_args.path", str(data)]
+        arguments += ["--trainer.default_root_dir", str(tmp_path / "run"), *more]
+        assert main(arguments) == 2
+        (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
+        return line
+
+    return refused
+
+
+FOUR_BITS = ("--model.init_args.quantization", "nf4", "--model.init_args.lora={r: 4}")
+
+
+def test_4_bits_without_bitsandbytes(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.nn", None)
+    assert "quantization nf4 needs bitsandbytes" in fit(*FOUR_BITS)
+
+
+def test_4_bits_with_a_bitsandbytes_that_has_no_library_for_the_device(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes.nn import Linear4bit
+
+    def missing(*arguments: Any) -> None:
+        raise RuntimeError("CUDA version mismatch.\nlibbitsandbytes_cuda130.so: not found")
+
+    monkeypatch.setattr(Linear4bit, "to", missing)
+    line = fit(*FOUR_BITS)
+    assert "bitsandbytes packs no weights on cpu (CUDA version mismatch. libbits" in line
+    assert "or set quantization: none" in line
+
+
+def test_an_8_bit_optimizer_without_bitsandbytes(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    line = fit("--model.init_args.optimizer", "adamw_8bit")
+    assert "optimizer adamw_8bit needs bitsandbytes" in line
+
+
+def test_lora_without_a_layer_of_that_name(fit: Any) -> None:
+    line = fit("--model.init_args.lora={target_modules: [c_attn]}")
+    assert "target_modules ['c_attn'] name no linear layer of this model; expected some of" in line
+    assert "q_proj" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_gpu_where_there_is_none(fit: Any) -> None:
+    assert "trainer.accelerator is gpu, and PyTorch finds none" in fit("--trainer.accelerator=gpu")
+
+
+@pytest.mark.parametrize(
+    ("targets", "found"),
+    [
+        ("all-linear", True),
+        (["v_proj", "nothing"], True),
+        (["self_attn.q_proj"], True),
+        (["proj"], False),
+        (r".*\.layers\.0\..*_proj", True),
+        ("q_proj", False),  # a regular expression of the whole name
+    ],
+)
+def test_targets_are_read_as_peft_reads_them(
+    model_folder: Path, targets: str | list[str], found: bool
+) -> None:
+    lora = LoraOptions(r=2, target_modules=targets)
+    source = BackboneSource(str(model_folder))
+    own = backbone.Backbone(backbone.load_causal_lm(source))
+    if found:
+        machine.require(source, lora, "adamw", CPU)
+        own.add_role("x", lora, trainable=True)
+        return
+    with pytest.raises(InputError, match="name no linear layer"):
+        machine.require(source, lora, "adamw", CPU)
+    with pytest.raises(InputError, match="LoRA does not fit this model"):
+        own.add_role("x", lora, trainable=True)
+
+
+def test_a_card_that_is_too_small(model_folder: Path, tmp_path: Path) -> None:
+    from hcrlhf.lightning_cli import parse
+
+    arguments = ["--config", str(ROOT / "configs/demo/sft.yaml")]
+    config = parse([*arguments, "--model.init_args.model", str(model_folder)])
+    base = doctor.base_of(config, None)
+    own = machine.model_config(base.source)
+    needed = doctor.footprint(own, doctor.sizes_of(config, base)).peak
+    assert doctor.require_card(config, needed + int(doctor.ALLOWANCE) + 1) is None
+    assert "may not fit: foretold" in str(doctor.require_card(config, needed))
+    with pytest.raises(InputError, match=r"does not fit: foretold to need .*; hcrlhf doctor"):
+        doctor.require_card(config, needed - 1)
+    # What cannot be foretold is not refused.
+    config["model"]["init_args"]["model"] = str(tmp_path / "nothing")
+    assert doctor.require_card(config, 1) is None
