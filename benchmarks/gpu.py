@@ -96,6 +96,7 @@ STAGES: dict[str, Sizes] = {
 }
 LIMITED = "PPO, shared critics"  # what is measured within the limits of smaller cards
 WITHOUT_ROLLOUT = ("PPO, separate critics", "PPO, separate critics, adamw_8bit")  # as the one above
+PHASES = ("rollout", "score", "update", "step", "test")
 WARM = 8  # tokens of a response that only warms kernels
 
 
@@ -455,14 +456,12 @@ def report() -> None:
         "memory; against counted bytes of small models on a CPU it is within 10%, "
         "tests/test_footprint.py):",
         "",
-        "| model | stage | stays | rollout | score | update | step | peak |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| model | stage | stays | {' | '.join(PHASES)} | peak |",
+        "|---|---|---" + "|---" * len(PHASES) + "|---|",
     ]
     for row in (r for r in rows if "stage" in r):
         phases = row["phases"]
-        cells = [
-            gib(phases[p]) if p in phases else "" for p in ("rollout", "score", "update", "step")
-        ]
+        cells = [gib(phases[p]) if p in phases else "" for p in PHASES]
         stays = gib(sum(row["parts"].values()))
         lines.append(
             f"| {row['model']} | {row['stage']} | {stays} | {' | '.join(cells)} | "

@@ -412,10 +412,12 @@ def report(config: Config, base: Base, sizes: Sizes, told: Footprint) -> str:
         f"{'phase':10}{'beside that':>14}{'peak':>12}",
     ]
     notes = {
-        "rollout": f"{sizes.rollout_rows} responses of {sizes.width} tokens together",
+        "rollout": f"{sizes.rollout_rows} responses of {sizes.width} tokens together, "
+        f"KV cache {_size(told.cache)}",
         "score": f"{sizes.score_rows} sequences per pass",
         "update": f"{sizes.rows * sizes.batch} sequences per backward pass"
-        + ("" if sizes.checkpointing else ", no gradient checkpointing"),
+        + ("" if sizes.checkpointing else ", no gradient checkpointing")
+        + ("" if kind(config) == "Preference" else f", logits {_size(told.logits)} at a time"),
         "step": f"gradients, and {sizes.optimizer}",
         "test": f"{sizes.rollout_rows} responses of the safety test, without mixed precision",
     }

@@ -127,13 +127,20 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the parts that stay, and the peak of each phase, the parts included."""
+    """Bytes of the parts that stay, and the peak of each phase, the parts included.
+
+    Attributes:
+        working: of each phase, what it needs beside the parts. cache: of a rollout's working bytes
+            those of the KV cache when it is full. logits: the most that a pass holds at a time.
+    """
 
     parameters: int
     trained: int
     parts: dict[str, int]
     phases: dict[str, int]
-    working: dict[str, int]  # of each phase: what it needs beside the parts
+    working: dict[str, int]
+    cache: int
+    logits: int
 
     @property
     def peak(self) -> int:
@@ -329,6 +336,8 @@ def footprint(config: Any, sizes: Sizes, device: Device = "cuda") -> Footprint:
             each(few.parts, many.parts),
             each(few.phases, many.phases),
             each(few.working, many.working),
+            deep(few.cache, many.cache),
+            many.logits,
         )
     )
 
@@ -378,8 +387,9 @@ def _measured(model: _Model, live: LiveBytes) -> Footprint:
     }
     resident = live.now + parts["optimizer"]
     working: dict[str, int] = {}
+    cache = 0
     if sizes.stage == "policy":
-        _rollout("rollout", model, working, live)
+        cache = _rollout("rollout", model, working, live)
         with _phase("score", working, live):
             _score(model)
     with _phase("update", working, live):
@@ -392,7 +402,9 @@ def _measured(model: _Model, live: LiveBytes) -> Footprint:
         model.sizes = replace(sizes, mixed=False, unpacked=False)
         _rollout("test", model, working, live)
     names = {name: resident + bytes_ for name, bytes_ in working.items()}
-    return Footprint(_parameters(model), count, parts, names, working)
+    vocabulary = model.output.weight.shape[0]
+    logits = 4 * vocabulary * min(token_chunk(vocabulary), sizes.rows * sizes.response)
+    return Footprint(_parameters(model), count, parts, names, working, cache, logits)
 
 
 def _parameters(model: _Model) -> int:
@@ -422,24 +434,27 @@ def _autocast(sizes: Sizes) -> Any:
     return torch.autocast("cpu", torch.bfloat16, enabled=sizes.mixed, cache_enabled=False)
 
 
-def _rollout(name: str, model: _Model, working: dict[str, int], live: LiveBytes) -> None:
+def _rollout(name: str, model: _Model, working: dict[str, int], live: LiveBytes) -> int:
+    """Both steps of a rollout; bytes of the full cache."""
     for step, run in zip(STEPS, (_first_token, _last_token), strict=True):
         with _phase(f"{name}, {step}", working, live):
-            run(model)
+            cache = run(model)
+    return cache
 
 
-def _first_token(model: _Model) -> None:
-    """All prompts at once, into an empty cache."""
+def _first_token(model: _Model) -> int:
+    """All prompts at once, into an empty cache, whose bytes then are returned."""
     from transformers import DynamicCache
 
     sizes = model.sizes
     with model.reading(rollout=True):
         cache = DynamicCache(config=model.model.config)
         _next_token(model, cache, sizes.rollout_rows, sizes.prompt, sizes.prompt)
+        return _cached(cache)
 
 
-def _last_token(model: _Model) -> None:
-    """One token of each response, when the cache is full."""
+def _last_token(model: _Model) -> int:
+    """One token of each response, when the cache is full; its bytes."""
     from transformers import DynamicCache
 
     sizes, config = model.sizes, model.model.config
@@ -455,6 +470,11 @@ def _last_token(model: _Model) -> None:
             keys = torch.empty((rows, heads, before, width), dtype=dtype)
             cache.update(keys, torch.empty((rows, heads, before, value_width), dtype=dtype), i)
         _next_token(model, cache, rows, 1, before + 1)
+        return _cached(cache)
+
+
+def _cached(cache: Any) -> int:
+    return sum(x.numel() * x.element_size() for y in cache.layers for x in (y.keys, y.values))
 
 
 def _next_token(model: _Model, cache: Any, rows: int, width: int, known: int) -> None:

@@ -46,35 +46,46 @@ def test_the_policy_configs_of_the_demo_end_with_a_safety_test() -> None:
     assert "callbacks.SafetyTest" in text
 
 
+def large(*files: str) -> Any:
+    from hcrlhf.lightning_cli import parse
+
+    paths = [ROOT / "configs" / f"{file}.yaml" for file in files]
+    return parse([argument for path in paths for argument in ("--config", str(path))])
+
+
+def foretold(shape: str, model: str, *files: str) -> int:
+    """Peak bytes of a stage in 4 bits, of a model of which only the shape is needed."""
+    from benchmarks.gpu import configuration
+    from hcrlhf import doctor
+    from hcrlhf.footprint import footprint
+
+    sizes = doctor.sizes_of(large(*files), doctor.base_of(large(*files), large("large/sft", model)))
+    assert (sizes.quantization, sizes.mixed, sizes.checkpointing) == ("nf4", True, True)
+    assert sizes.width == 512
+    return footprint(configuration(shape), sizes).peak
+
+
 @pytest.mark.parametrize(
     ("card", "names"), [(8, "reward"), (8, "policy"), (12, "policy"), (24, "policy")]
 )
 def test_large_configs_are_foretold_to_fit_their_card(card: int, names: str) -> None:
-    from transformers import LlamaConfig
+    from hcrlhf.doctor import ALLOWANCE
 
-    from hcrlhf import doctor
-    from hcrlhf.footprint import footprint
-    from hcrlhf.lightning_cli import parse
-
-    def read(*files: str) -> Any:
-        paths = [ROOT / "configs" / f"{file}.yaml" for file in files]
-        return parse([argument for path in paths for argument in ("--config", str(path))])
-
-    # The shapes of Llama-3.2-3B, which takes most; its weights are not needed.
-    own = LlamaConfig(
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_hidden_layers=28,
-        num_attention_heads=24,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=128256,
-        tie_word_embeddings=True,
-    )
     layer = {"policy": "policy"}.get(names, "pairs")
-    config = read(f"large/{names}", *([] if card == 12 else [f"cards/{card}gb-{layer}"]))
-    sft = read("large/sft", "models/llama-3.2-3b")
-    sizes = doctor.sizes_of(config, doctor.base_of(config, sft))
-    assert (sizes.quantization, sizes.mixed, sizes.checkpointing) == ("nf4", True, True)
-    assert sizes.width == 512
-    assert footprint(own, sizes).peak + doctor.ALLOWANCE < card * 2**30
+    files = [f"large/{names}", *([] if card == 12 else [f"cards/{card}gb-{layer}"])]
+    # The model that takes most.
+    peak = foretold("Llama-3.2-3B", "models/llama-3.2-3b", *files)
+    assert peak + ALLOWANCE < card * 2**30
+
+
+@pytest.mark.parametrize("stage", ["reward", "policy"])
+def test_a_model_of_3_billion_weights_stays_within_5_gib(stage: str) -> None:
+    assert foretold("Qwen2.5-3B", "models/qwen2.5-3b", f"large/{stage}") <= 5 * 2**30
+
+
+def test_one_more_role_takes_a_small_share_of_the_backbone() -> None:
+    from benchmarks.gpu import roles
+
+    shares = {row["role"]: row["share"] for row in roles("Qwen2.5-3B", rank=8)}
+    limits = {"frozen": 0.03, "trained, adamw": 0.12, "trained, adamw_8bit": 0.08}
+    assert all(shares[role] <= limit for role, limit in limits.items())

@@ -168,6 +168,10 @@ def test_what_is_foretold_is_what_is_taken(
     )
     told = footprint(AutoConfig.from_pretrained(folder), sizes, "cpu")
     assert told.trained == sum(p.numel() for _, p in own.trained_parameters())
+    config, known = own.model.config, PROMPT + RESPONSE - 1  # the last token is not read again
+    width = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    bytes_ = 2 if source.get("dtype") == "bfloat16" else 4
+    assert told.cache == ROLLOUT_ROWS * known * width * bytes_
     assert told.parts["backbone"] + told.parts["adapters"] == pytest.approx(weights, rel=0.03)
     for phase, peak in found.items():
         assert told.working[phase] + weights == pytest.approx(peak + weights, rel=TOLERANCE), phase
