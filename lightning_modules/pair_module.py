@@ -251,13 +251,16 @@ class PairModule(StageModule):
         }
 
 
-def require_same_scores(ours: Tensor, theirs: Tensor, folder: str) -> None:
+def require_same_scores(ours: Tensor, theirs: Tensor, folder: str, tolerance: float = 1e-5) -> None:
     """
+    Args:
+        tolerance: of a difference, relative to the largest score or 1.
+
     Raises:
         RuntimeError: what was reloaded from disk scores differently.
     """
     difference = float((ours - theirs).abs().max())
-    if not difference <= 1e-5 * max(1.0, float(ours.abs().max())):
+    if not difference <= tolerance * max(1.0, float(ours.abs().max())):
         raise RuntimeError(f"the model reloaded from {folder} scores {difference} differently")
 
 

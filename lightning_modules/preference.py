@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from hcrlhf import optimizers
@@ -127,7 +128,7 @@ class Preference(PairModule, AdapterModule):
         """Writes adapter, head, tokenizer and `hcrlhf.json`, and scores with what was written.
 
         Raises:
-            RuntimeError: the reloaded weights score differently.
+            RuntimeError: the reloaded weights are others, or score differently.
         """
         measured = self.measured()
         folder = self.run_folder
@@ -156,5 +157,9 @@ class Preference(PairModule, AdapterModule):
         with self.backbone.inference():
             # In the same groups: bfloat16 rounds otherwise where shapes differ.
             ours, theirs = (self._scores_of(r, self._probe) for r in (self.role, "reloaded"))
+        own, saved = (self.backbone.adapter_state(r) for r in (self.role, "reloaded"))
         self.backbone.drop_role("reloaded")
-        require_same_scores(ours, theirs, folder)
+        if not all(torch.equal(saved[name], tensor) for name, tensor in own.items()):
+            raise RuntimeError(f"the adapter reloaded from {folder} is not the trained one")
+        # Kernels of a GPU need not round alike in two passes, and a training must not end by that.
+        require_same_scores(ours, theirs, folder, 1e-5 if self.source.dtype == "float32" else 1e-2)
