@@ -11,6 +11,9 @@ TRL's PPO runs four models (policy, reference, reward, value); ours six roles (p
 reward, cost, and a critic for reward and cost on the policy's own hidden states). Ours and theirs
 alternate, each run in a process of its own. Random weights almost never stop by themselves, so
 responses have the full length on both sides.
+
+Shipped cells take what learns from configs/demo as the recipe check runs it: learner,
+multiplier, both limits (a third critic, so seven roles) and size of passes.
 """
 
 from __future__ import annotations
@@ -41,14 +44,17 @@ TURN = "\n\nAssistant:"
 # Dialogues are text already: no turn markers are added on either side.
 TEMPLATE = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
+SHIPPED = {"epochs": 1, "minibatches": 4, "shipped": True}  # what the recipe check runs
 CELLS: list[dict[str, Any]] = [
     {"kind": "ppo", "batch": 32, "epochs": 1, "minibatches": 1},
     {"kind": "ppo", "batch": 64, "epochs": 1, "minibatches": 1},
     {"kind": "ppo", "batch": 64, "epochs": 2, "minibatches": 2},
-    {"kind": "ppo", "batch": 64, "epochs": 1, "minibatches": 4},  # as configs/demo/long.yaml
+    {"kind": "ppo", "batch": 32, "micro_batch": 8, **SHIPPED},
+    {"kind": "ppo", "batch": 64, "micro_batch": 16, **SHIPPED},
     {"kind": "rloo", "batch": 32, "epochs": 1, "minibatches": 1},
     {"kind": "rloo", "batch": 64, "epochs": 1, "minibatches": 1},
-    {"kind": "rloo", "batch": 64, "epochs": 1, "minibatches": 4},  # as rloo.yaml and long.yaml
+    {"kind": "rloo", "batch": 32, "micro_batch": 8, "samples": 4, **SHIPPED},
+    {"kind": "rloo", "batch": 64, "micro_batch": 16, "samples": 4, **SHIPPED},
     {"kind": "reward", "batch": 16, "epochs": 1, "minibatches": 1},
 ]
 
@@ -233,14 +239,19 @@ def policy(kind: str, folder: Path, c: dict[str, Any]) -> tuple[Any, Any]:
     learner: Any = PPO(critic="shared", target_kl=None, **steps)
     if kind == "rloo":
         learner = RLOO(samples_per_prompt=2, **steps)
+    limits = [Constraint(estimand="mean", threshold=-0.5, safety_prompts=500)]
+    options: dict[str, Any] = {"learner": learner, "micro_batch_size": c["micro_batch"]}
+    if "shipped" in c:
+        options = shipped_options(kind)
+        learner, limits = options["learner"], options.pop("constraints")
+        assert (learner.epochs, learner.minibatches) == (c["epochs"], c["minibatches"])
     set_response_tokens(folder, c["new_tokens"])
     module = Policy(
         *(str(folder / role) for role in ("sft", "reward", "cost")),
-        constraints=[Constraint(estimand="mean", threshold=-0.5, safety_prompts=500)],
-        learner=learner,
+        constraints=limits,
         lora=LoraOptions(8, 16),
         learning_rate=1e-5,
-        micro_batch_size=c["micro_batch"],
+        **options,
     )
     data = Prompts(
         str(folder / "train.jsonl"),
@@ -249,6 +260,22 @@ def policy(kind: str, folder: Path, c: dict[str, Any]) -> tuple[Any, Any]:
         updates=c["steps"],
     )
     return module, data
+
+
+def shipped_options(kind: str) -> dict[str, Any]:
+    """What of the configs of the recipe check decides how much work an update is."""
+    from hcrlhf.doctor import built, constraints_of
+    from hcrlhf.lightning_cli import parse
+
+    configs = ("policy", "rloo", "long") if kind == "rloo" else ("policy", "long")
+    files = [HERE.parent / "configs" / "demo" / f"{name}.yaml" for name in configs]
+    config = parse([part for file in files for part in ("--config", str(file))])
+    options = config["model"]["init_args"]
+    return {
+        "constraints": constraints_of(config),
+        **{name: built(options[name]) for name in ("learner", "multiplier")},
+        **{name: options[name] for name in ("micro_batch_size", "kl_coefficient")},
+    }
 
 
 def set_response_tokens(folder: Path, count: int) -> None:
@@ -356,18 +383,23 @@ def steady(record: Mapping[str, Any]) -> float:
 def full_cell(cell: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What both sides are told: TRL's example splits a batch into four micro-batches, so do we."""
     micro = cell.get("micro_batch", max(cell["batch"] // 4 // cell["minibatches"], 8))
-    defaults = {"new_tokens": NEW_TOKENS, "max_tokens": MAX_PAIR, "micro_batch": micro}
-    return {**defaults, "steps": steps, **cell}
+    lengths = {"new_tokens": NEW_TOKENS, "max_tokens": MAX_PAIR}
+    return {"samples": 2, "micro_batch": micro, **lengths, "steps": steps, **cell}
+
+
+def chosen(options: argparse.Namespace) -> list[dict[str, Any]]:
+    return [
+        cell
+        for cell in CELLS
+        if (not options.only or cell["kind"] in options.only)
+        and options.minibatches in (None, cell["minibatches"])
+    ]
 
 
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     pythons = {"ppo": options.trl_ppo, "other": options.trl}
     rows = []
-    for cell in CELLS:
-        if options.only and cell["kind"] not in options.only:
-            continue
-        if options.minibatches and cell["minibatches"] != options.minibatches:
-            continue
+    for cell in chosen(options):
         c = full_cell(cell, options.steps)
         times: dict[str, list[float]] = {"ours": [], "trl": []}
         for _ in range(options.repeats):
@@ -390,7 +422,7 @@ def merged(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> l
 def profile(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Shares of an update's time."""
     rows = []
-    for cell in CELLS:
+    for cell in chosen(options):
         if cell["kind"] == "reward":
             continue
         c = full_cell(cell, options.steps)
@@ -401,6 +433,7 @@ def profile(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
             for part in ("generation", "forward", "backward", "optimizer")
         }
         rows.append({**c, "shares": {**shares, "rest": 1 - sum(shares.values())}})
+        rows[-1]["machine"] = machine()
         print(rows[-1]["kind"], rows[-1]["batch"], rows[-1]["shares"], flush=True)
     return rows
 
@@ -432,7 +465,8 @@ def page(record: Mapping[str, Any]) -> str:
         "machines:",
         "",
     ]
-    machines = list(dict.fromkeys(described(row["machine"]) for row in record["comparison"]))
+    measured = [*record["comparison"], *record["profile"]]
+    machines = list(dict.fromkeys(described(row["machine"]) for row in measured))
     lines += [f"- {number}: {words}" for number, words in enumerate(machines, start=1)]
     lines += [
         "",
@@ -441,29 +475,38 @@ def page(record: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     names = {
-        "ppo": "PPO-Lagrangian, six roles, against PPO of TRL 1.9",
-        "rloo": "RLOO, K = 2, with cost, against RLOO of TRL 1.16",
-        "reward": "reward model (pairs), against RewardTrainer of TRL 1.16",
+        ("ppo", False): "PPO-Lagrangian, six roles, against PPO of TRL 1.9",
+        ("ppo", True): "the same as shipped (`long.yaml`): two limits, seven roles",
+        ("rloo", False): "RLOO, K = 2, with cost, against RLOO of TRL 1.16",
+        ("rloo", True): "the same as shipped (`rloo.yaml`, `long.yaml`): K = 4, two limits",
+        ("reward", False): "reward model (pairs), against RewardTrainer of TRL 1.16",
     }
     for row in record["comparison"]:
         a, b = (median(row["seconds"][side]) for side in ("ours", "trl"))
         each = ", ".join(f"{r:.2f}" for r in row["ratios"])
+        name, passes = (
+            names[row["kind"], "shipped" in row],
+            f"{row['epochs']} × {row['minibatches']}",
+        )
         lines.append(
-            f"| {names[row['kind']]} | {row['batch']} | {row['epochs']} × {row['minibatches']} | "
+            f"| {name} | {row['batch']} | {passes} | "
             f"{a:.2f} | {b:.2f} | {row['batch'] / a:.1f} | {row['batch'] / b:.1f} | "
             f"**{row['ratio']:.2f}** ({each}) | {machines.index(described(row['machine'])) + 1} |"
         )
     lines += [
         "",
-        f"Where the time of one of our updates goes ({described(record['machine'])}):",
+        "Where the time of one of our updates goes:",
         "",
-        "| | batch | epochs × minibatches | generation | forward | backward | optimizer | rest |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | batch | epochs × minibatches | generation | forward | backward | optimizer | rest | "
+        "machine |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in record["profile"]:
         shares = " | ".join(f"{share:.1%}" for share in row["shares"].values())
         passes = f"{row['epochs']} × {row['minibatches']}"
-        lines.append(f"| {row['kind']} | {row['batch']} | {passes} | {shares} |")
+        kind = f"{row['kind']}, as shipped" if "shipped" in row else row["kind"]
+        number = machines.index(described(row["machine"])) + 1
+        lines.append(f"| {kind} | {row['batch']} | {passes} | {shares} | {number} |")
     lines += ["", "![seconds per update](../../docs/plots/throughput.png)", ""]
     return "\n".join(lines)
 
@@ -538,10 +581,10 @@ def main() -> None:
     record = json.loads(path.read_text()) if path.is_file() else {}
     if "comparison" in options.parts:
         record["comparison"] = merged(record.get("comparison", []), compare(folder, options))
-    for name, part in (("profile", profile), ("growth", growth)):
-        if name in options.parts:
-            record[name] = part(folder, options)
-            record["machine"] = machine()
+    if "profile" in options.parts:
+        record["profile"] = merged(record.get("profile", []), profile(folder, options))
+    if "growth" in options.parts:
+        record["growth"] = growth(folder, options)
     path.write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "throughput.md").write_text(page(record), encoding="utf-8")
     plot(record["growth"], HERE.parent / "docs" / "plots" / "throughput.png")

@@ -127,7 +127,7 @@ def rloo(folder: Path, c: dict[str, Any]) -> Any:
         per_device_train_batch_size=c["micro_batch"],
         gradient_accumulation_steps=c["batch"] // c["micro_batch"] // c["minibatches"],
         steps_per_generation=c["batch"] // c["micro_batch"],
-        num_generations=2,
+        num_generations=c["samples"],
         max_completion_length=c["new_tokens"],
         temperature=1.0,
         beta=0.05,

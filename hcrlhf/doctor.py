@@ -281,7 +281,7 @@ def _file(path: str) -> Finding:
 def _prompts(data: Mapping[str, Any]) -> tuple[Finding, int | None]:
     """What is said of the prompts, and how many of them are for validation, where it is known."""
     try:
-        prompts = _built(data)
+        prompts = built(data)
         prompts.setup("fit")
     except InputError as error:
         return Finding("prompts", False, str(error)), None
@@ -290,7 +290,7 @@ def _prompts(data: Mapping[str, Any]) -> tuple[Finding, int | None]:
     return finding, len(prompts.validation_prompts)
 
 
-def _built(described: Mapping[str, Any]) -> Any:
+def built(described: Mapping[str, Any]) -> Any:
     """The object of a class_path with init_args."""
     module, _, name = described["class_path"].rpartition(".")
     return getattr(import_module(module), name)(**(described.get("init_args") or {}))
@@ -302,7 +302,7 @@ def granted(config: Config) -> tuple[Constraint, ...]:
     Raises:
         InputError: they cannot be judged, or nothing is left of δ.
     """
-    constraints = _constraints(config)
+    constraints = constraints_of(config)
     for callback in config["trainer"].get("callbacks") or []:
         if callback["class_path"].rpartition(".")[2] == "SafetyTest":
             options = dict(callback.get("init_args") or {})
@@ -313,11 +313,11 @@ def granted(config: Config) -> tuple[Constraint, ...]:
     return tuple(constraints)
 
 
-def _constraints(config: Config) -> list[Constraint]:
+def constraints_of(config: Config) -> list[Constraint]:
     plain = [dict(c) for c in config["model"]["init_args"]["constraints"]]
     for options in plain:
         if (bound := options.get("bound")) is not None:
-            options["bound"] = _built(bound)
+            options["bound"] = built(bound)
         if isinstance(pessimism := options.get("pessimism"), Mapping):
             options["pessimism"] = PaperPessimism(**pessimism)
     return [Constraint(**options) for options in plain]
