@@ -462,7 +462,7 @@ def page(record: Mapping[str, Any]) -> str:
         "",
         "Alternating pairs of runs; a run's figure is the median of its steps after the first, the "
         "table's the median of the runs. Compare the two sides of a row, and not rows of different "
-        "machines:",
+        "machines, each of which ran the code of its day:",
         "",
     ]
     measured = [*record["comparison"], *record["profile"]]
