@@ -120,11 +120,10 @@ class Completions(Callback):
         path = Path(trainer.default_root_dir) / FILE
         if not trainer.is_global_zero or not path.is_file():
             return
-        # The last line may have been cut off.
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith("}\n")]
-        kept = [line for line in whole if json.loads(line)["update"] <= updates]
-        path.write_text("".join(kept), encoding="utf-8")
+        # The last line may have been cut off, and other ends of lines stand inside of texts.
+        *lines, _ = path.read_bytes().split(b"\n")
+        kept = [line + b"\n" for line in lines if json.loads(line)["update"] <= updates]
+        path.write_bytes(b"".join(kept))
 
     @staticmethod
     def _remove(trainer: Trainer, name: str) -> None:

@@ -89,6 +89,7 @@ class SafetyTest(Callback):
         self._configured: Any = ()
         self._encoded: dict[str, Any] = {}
         self._population = Population(())
+        self._asking = False  # whether all processes are at an answer
 
     # -- before training -----------------------------------------------------------------------
 
@@ -213,15 +214,21 @@ class SafetyTest(Callback):
                 self._answer(pl_module, *question)
             self.verdict = processes.from_first(self.verdict)
             return
-        # Where this raises nothing is sent: the others may wait for an answer, not for a question,
-        # and end with this process.
-        self._run(trainer, pl_module)
-        processes.from_first(None)
-        processes.from_first(self.verdict)
+        try:
+            self._run(trainer, pl_module)
+        finally:
+            # The others wait for a question, or, where an answer failed, for that of this process,
+            # and end with it.
+            if not self._asking:
+                processes.from_first(None)
+                processes.from_first(self.verdict)
 
     def _ask(self, pl_module: LightningModule, keys: Sequence[str], seed: str) -> CostSamples:
         """Responses of all processes together to the prompts with these keys, with costs."""
-        return self._answer(pl_module, *processes.from_first((list(keys), seed)))
+        self._asking = True
+        samples = self._answer(pl_module, *processes.from_first((list(keys), seed)))
+        self._asking = False
+        return samples
 
     def _answer(self, pl_module: LightningModule, keys: Sequence[str], seed: str) -> CostSamples:
         module, encoder = cast(SafetyTestable, pl_module), cast(EncodesExamples, pl_module)

@@ -459,7 +459,22 @@ class Backbone(nn.Module):
             tokens.truncated.repeat(copies),
         )
         names = [role for role in roles for _ in range(len(tokens))]
-        return list(self.hidden(stacked, adapter_names=names).chunk(copies))
+        try:
+            return list(self.hidden(stacked, adapter_names=names).chunk(copies))
+        except BaseException:
+            self._forget_mixed_adapters()
+            raise
+
+    def _forget_mixed_adapters(self) -> None:
+        """Takes out what PEFT leaves in its layers when a pass of several adapters fails.
+
+        The next pass would find the adapters of these rows, and use them where it has as many.
+        """
+        for module in self.model.modules():
+            for key, hook in list(module._forward_pre_hooks.items()):
+                if "adapter_names" in getattr(hook, "keywords", {}):
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
 
     def read(
         self, parts: Sequence[Tokens], readers: Mapping[str, Callable[[Tensor, Tokens], Tensor]]

@@ -21,7 +21,7 @@ from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.gate import Gate
 from hcrlhf.machine import model_config
 from hcrlhf.stages import FILE as STAGE_FILE
-from hcrlhf.stages import BackboneSource, read_stage
+from hcrlhf.stages import BackboneSource, Role, read_stage
 from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer
 
 GIB = 2**30
@@ -29,6 +29,8 @@ GIB = 2**30
 # memory that the allocator holds in pieces that fit nothing. An allowance, not a measurement.
 ALLOWANCE = 0.75 * GIB
 TOO_LARGE, FITS = 2, 0
+TEST_ROWS = {"SafetyTest": 64, "BestCandidate": 100}  # batch_size where it is not set
+INNER: tuple[Role, ...] = ("reward", "cost")
 
 Config = Mapping[str, Any]
 Parse = Callable[[Sequence[str]], Config]
@@ -55,6 +57,16 @@ class Finding:
 # -- from a config to sizes ------------------------------------------------------------------------
 
 
+def _test_rows(callbacks: Sequence[Config], most: int | None) -> int:
+    """Responses that the safety test, or a look at a candidate, draws together."""
+    found = [0]
+    for callback in callbacks:
+        usual = TEST_ROWS.get(callback["class_path"].rpartition(".")[2], 0)
+        rows = (callback.get("init_args") or {}).get("batch_size", usual) if usual else 0
+        found.append(min(rows, most or rows))
+    return max(found)
+
+
 def base_of(config: Config, sft: Config | None) -> Base:
     """
     Args:
@@ -76,7 +88,15 @@ def base_of(config: Config, sft: Config | None) -> Base:
         if stage.adapter:
             record = json.loads((Path(folder) / "adapter_config.json").read_text())
             lora = LoraOptions(record["r"], record["lora_alpha"], record["target_modules"])
-        base = Base(stage.backbone, stage.chat, lora)
+        source = stage.backbone
+        if kind(config) == "Policy" and not stage.adapter:
+            # A fully tuned model may be quantised afterwards, as reward and cost model have it.
+            for role in INNER:
+                if isinstance(model[role], str) and (Path(model[role]) / STAGE_FILE).is_file():
+                    own = read_stage(model[role], role, role).backbone
+                    source = replace(source, quantization=own.quantization, dtype=own.dtype)
+                    break
+        base = Base(source, stage.chat, lora)
     elif sft is not None:
         base = base_of(sft, None)
     else:
@@ -155,6 +175,7 @@ def sizes_of(config: Config, base: Base) -> Sizes:
         critics=critics if critic == "separate" else 0,
         merged=on_cpu and plain,
         unpacked=model["unpacked_rollouts"],
+        test_rows=_test_rows(trainer.get("callbacks") or [], model["rollout_batch_size"]),
         **common,
     )
 
@@ -166,23 +187,23 @@ def require_card(config: Config, total: int) -> str | None:
         total: bytes of the card.
 
     Raises:
-        InputError: it is too small whatever CUDA needs beside the tensors.
+        InputError: it does not hold what stays, whatever the passes take.
     """
     try:
         base = base_of(config, None)
         told = footprint(model_config(base.source), sizes_of(config, base))
     except Exception:  # a model that cannot be foretold may well run
         return None
-    if told.peak + ALLOWANCE <= total:
-        return None
+    stays = sum(told.parts.values())
     words = (
-        f"foretold to need {_size(told.peak)} of tensors and about {_size(ALLOWANCE)} beside them, "
-        f"on a card of {_size(total)}; hcrlhf doctor, with this config and --memory, names keys to "
-        "change"
+        f"foretold are {_size(stays)} that stay, {_size(told.peak)} at the peak and about "
+        f"{_size(ALLOWANCE)} beside them, on a card of {_size(total)}; hcrlhf doctor, with this "
+        "config and --memory, names keys to change"
     )
-    if told.peak > total:
+    if stays > total:
         raise InputError(f"this stage does not fit: {words}")
-    return f"this stage may not fit: {words}"
+    # Passes are made smaller where memory runs out, so that the peak alone refuses nothing.
+    return f"this stage may not fit: {words}" if told.peak + ALLOWANCE > total else None
 
 
 # -- what would make it fit ------------------------------------------------------------------------
@@ -419,7 +440,7 @@ def report(config: Config, base: Base, sizes: Sizes, told: Footprint) -> str:
         + ("" if sizes.checkpointing else ", no gradient checkpointing")
         + ("" if kind(config) == "Preference" else f", logits {_size(told.logits)} at a time"),
         "step": f"gradients, and {sizes.optimizer}",
-        "test": f"{sizes.rollout_rows} responses of the safety test, without mixed precision",
+        "test": f"{sizes.test_rows} responses of the safety test, without mixed precision",
     }
     for name, peak in told.phases.items():
         beside = _size(told.working[name])

@@ -95,6 +95,7 @@ class Sizes:
         batch: sequences whose activations live until one backward pass (no policy: all of a batch).
         score_rows: sequences that are scored together.
         rollout_rows: sequences that are generated together.
+        test_rows: the same outside of training, without mixed precision; 0: none are.
         unpacked: whether 4-bit weights are unpacked for as long as a rollout lasts.
         merged: adapters are added into copies of the weights for reading (float32 on a CPU).
         checkpointing: gradient checkpointing.
@@ -112,6 +113,7 @@ class Sizes:
     batch: int = 1
     score_rows: int = 0
     rollout_rows: int = 0
+    test_rows: int = 0
     frozen: int = 0
     shared_heads: int = 0
     critics: int = 0
@@ -397,9 +399,9 @@ def _measured(model: _Model, live: LiveBytes) -> Footprint:
     gradients = sum(p.numel() * 4 for p in trained)
     # One temporary per weight: PyTorch's AdamW works on all of them together.
     working["step"] = gradients + round(count * 4 * (sizes.optimizer == "adamw"))
-    if sizes.stage == "policy":
-        # The safety test answers as the policy will be used: without mixed precision, and packed.
-        model.sizes = replace(sizes, mixed=False, unpacked=False)
+    if sizes.test_rows:
+        # Callbacks have no mixed precision: the safety test answers as the policy will be used.
+        model.sizes = replace(sizes, mixed=False, rollout_rows=sizes.test_rows)
         _rollout("test", model, working, live)
     names = {name: resident + bytes_ for name, bytes_ in working.items()}
     vocabulary = model.output.weight.shape[0]

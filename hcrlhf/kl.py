@@ -10,17 +10,20 @@ from hcrlhf.errors import InputError
 
 @dataclass(frozen=True)
 class AdaptiveKL:
-    """β ← β (1 + gain · clip(KL / target - 1, -0.2, 0.2)) after every rollout.
+    """β ← max(β (1 + gain · clip(KL / target - 1, -0.2, 0.2)), minimum) after every rollout.
 
     Args:
         target: KL to the reference per response, in nats (the sum over its tokens, averaged).
         gain: how fast β follows; at 0.1 it changes by at most 2% per rollout.
+        minimum: β never falls below it. With kl_coefficient here the target is a limit: the KL is
+            held back above it, and not sought below.
 
-    Ziegler et al. (arXiv 1909.08593), section 2.2.
+    Ziegler et al. (arXiv 1909.08593), section 2.2; the minimum is ours.
     """
 
     target: float
     gain: float = 0.1
+    minimum: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("target", "gain"):
@@ -28,8 +31,26 @@ class AdaptiveKL:
                 raise InputError(
                     f"{name} of the adaptive KL is positive, got {getattr(self, name)}"
                 )
+        if not 0 <= self.minimum < math.inf:
+            raise InputError(f"minimum of the adaptive KL is >= 0, got {self.minimum}")
+
+    def check_start(self, coefficient: float) -> None:
+        """
+        Raises:
+            InputError: β would begin where this rule cannot be.
+        """
+        if coefficient == 0:
+            raise InputError(
+                "kl_coefficient is 0 and adaptive_kl multiplies it, so that it stays 0; set "
+                "kl_coefficient above 0, or adaptive_kl: null"
+            )
+        if coefficient < self.minimum:
+            raise InputError(
+                f"kl_coefficient {coefficient} lies below the minimum {self.minimum} of "
+                "adaptive_kl; raise the one or lower the other"
+            )
 
     def update(self, coefficient: float, kl: float) -> float:
         """The next β, after a rollout with this KL per response."""
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return coefficient * (1 + self.gain * error)
+        return max(coefficient * (1 + self.gain * error), self.minimum)

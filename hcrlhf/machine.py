@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +32,8 @@ def require(
     """
     if source.quantization == "nf4":
         require_four_bits(device)
-    adamw(optimizer, [nn.Parameter(torch.zeros(1))], 1.0, 0.0)
+    if optimizer != "adamw":
+        require_eight_bits(optimizer, device)
     if lora is not None:
         require_targets(model_config(source), lora.target_modules)
 
@@ -42,20 +45,39 @@ def require_four_bits(device: torch.device) -> None:
     """
     try:
         from bitsandbytes.nn import Linear4bit
-
-        layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
-        with torch.no_grad():
-            layer.to(device)(torch.zeros(1, 64, device=device))
     except ImportError as error:
         raise InputError(
             f"quantization nf4 needs bitsandbytes ({one_line(error)}); pip install bitsandbytes, "
             "or set quantization: none"
         ) from error
+    layer = Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    with torch.no_grad(), _working(device, "set quantization: none"):
+        layer.to(device)(torch.zeros(1, 64, device=device))
+
+
+def require_eight_bits(optimizer: Name, device: torch.device) -> None:
+    """
+    Raises:
+        InputError: bitsandbytes is missing, or has no library for the device.
+    """
+    weight = nn.Parameter(torch.zeros(4096, device=device))  # smaller ones keep float32 states
+    weight.grad = torch.zeros_like(weight)
+    made = adamw(optimizer, [weight], 1e-3, 0.0)
+    with _working(device, "set optimizer: adamw"):
+        made.step()
+
+
+@contextmanager
+def _working(device: torch.device, instead: str) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, OSError, AttributeError, NotImplementedError) as error:
         raise InputError(
-            f"bitsandbytes packs no weights on {device} ({one_line(error)}); install one with a "
+            f"bitsandbytes does not work on {device} ({one_line(error)}); install one with a "
             f"library for CUDA {torch.version.cuda}, which this torch is built for (python -m "
-            "bitsandbytes says what it finds), or set quantization: none"
+            f"bitsandbytes says what it finds), or {instead}"
         ) from error
 
 
@@ -72,8 +94,11 @@ def require_targets(config: Any, targets: str | list[str]) -> None:
 
     if targets == "all-linear":
         return
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError):
+        return  # no causal language model: loading it says so
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
     # As PEFT reads them: one regular expression of the whole name, or ends of it.
     if isinstance(targets, str):

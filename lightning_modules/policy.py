@@ -54,7 +54,7 @@ class Policy(ScoredPolicy):
         multiplier: rule of the Lagrange multipliers, one λ per constraint.
         kl_coefficient: β of the KL to the reference, per token, in units of the standardised
             reward.
-        adaptive_kl: steers β towards a KL per response; None keeps it.
+        adaptive_kl: steers β towards a KL per response, or limits it; None keeps β.
         score_clip: standardised rewards are clamped to ± this before the KL is added, so that a
             single score cannot rule a rollout; None does not clamp. Costs are never clamped.
         truncation_penalty: taken off the standardised reward of a response that was cut off.
@@ -145,11 +145,8 @@ class Policy(ScoredPolicy):
             raise InputError(
                 f"critic_learning_rate is positive or null, got {critic_learning_rate}"
             )
-        if adaptive_kl is not None and kl_coefficient == 0:
-            raise InputError(
-                "kl_coefficient is 0 and adaptive_kl multiplies it, so that it stays 0; set "
-                "kl_coefficient above 0, or adaptive_kl: null"
-            )
+        if adaptive_kl is not None:
+            adaptive_kl.check_start(kl_coefficient)
         if score_clip is not None and not score_clip > 0:
             raise InputError(f"score_clip is positive or null, got {score_clip}")
         # One optimizer with several steps per rollout: Lightning must not step it by itself.
@@ -364,16 +361,20 @@ class Policy(ScoredPolicy):
         dual = self.dual
         for j, constraint in enumerate(self.constraints):
             value = dual.multipliers[j]
-            if dual.steps_at_cap[j] == PATIENCE:
-                found = f"λ of the {constraint.label} has been at its cap {value:g}"
-            elif dual.steps_violated[j] == PATIENCE:
-                found = f"the {constraint.label} has been above training's target, λ now {value:g},"
+            capped, violated = dual.steps_at_cap[j], dual.steps_violated[j]
+            if capped == PATIENCE:
+                found = f"λ of the {constraint.label} has been at its cap {value:g} for {capped}"
+            elif violated > 0 and violated % PATIENCE == 0:
+                found = f"the {constraint.label} has been above training's target for {violated}"
             else:
                 continue
+            forecast = constraint.forecast(rollout.costs)
+            if forecast <= constraint.threshold:  # what is missing is the margin alone
+                continue
             rank_zero_warn(
-                f"{found} for {PATIENCE} updates: the constraint may not be reachable from this "
-                f"reference, or λ rises too slowly; forecast of the bound "
-                f"{constraint.forecast(rollout.costs):.3g}, limit {constraint.threshold:g}"
+                f"{found} updates, λ is {value:g} now: the constraint may not be reachable from "
+                f"this reference, or λ rises too slowly; forecast of the bound {forecast:.3g}, "
+                f"limit {constraint.threshold:g}"
             )
 
     def _warn_truncated(self, rollout: Rollout) -> None:

@@ -161,5 +161,7 @@ class Preference(PairModule, AdapterModule):
         self.backbone.drop_role("reloaded")
         if not all(torch.equal(saved[name], tensor) for name, tensor in own.items()):
             raise RuntimeError(f"the adapter reloaded from {folder} is not the trained one")
-        # Kernels of a GPU need not round alike in two passes, and a training must not end by that.
-        require_same_scores(ours, theirs, folder, 1e-5 if self.source.dtype == "float32" else 1e-2)
+        # Products in bfloat16 need not round alike in two passes on a GPU, and no training must end
+        # by that.
+        exact = self.source.dtype == "float32" and self.source.quantization == "none"
+        require_same_scores(ours, theirs, folder, 1e-5 if exact else 1e-2)

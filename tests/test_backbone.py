@@ -432,6 +432,22 @@ def test_roles_mixed_in_one_pass_are_the_roles_one_at_a_time(roles: Backbone) ->
             assert (real(tokens, single[i]) - real(tokens, single[j])).abs().max() > 0.1
 
 
+def test_a_mixed_pass_that_fails_leaves_no_adapters_to_the_next_one(roles: Backbone) -> None:
+    tokens = batch()
+    before = hidden_of(roles, "critic", tokens)
+    last = [m for m in roles.model.modules() if isinstance(m, torch.nn.Linear)][-1]
+
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = last.register_forward_hook(full)
+    # As many rows as the next pass has.
+    with pytest.raises(torch.OutOfMemoryError), roles.inference():
+        roles.hidden_of_roles(tokens, ["reward"])
+    handle.remove()
+    assert torch.equal(hidden_of(roles, "critic", tokens), before)
+
+
 def test_a_mixed_pass_leaves_role_and_trainable_set_as_they_were(roles: Backbone) -> None:
     tokens = batch()
     with roles.role("critic"):

@@ -62,6 +62,7 @@ def policy_sizes(source: dict[str, Any], **changes: Any) -> Sizes:
         rows=ROWS,
         score_rows=ROWS,
         rollout_rows=ROLLOUT_ROWS,
+        test_rows=ROLLOUT_ROWS,
         **changes,
     )
 

@@ -69,7 +69,7 @@ def test_4_bits_with_a_bitsandbytes_that_has_no_library_for_the_device(
 
     monkeypatch.setattr(Linear4bit, "to", missing)
     line = fit(*FOUR_BITS)
-    assert "bitsandbytes packs no weights on cpu (CUDA version mismatch. libbits" in line
+    assert "bitsandbytes does not work on cpu (CUDA version mismatch. libbits" in line
     assert "or set quantization: none" in line
 
 
@@ -77,6 +77,20 @@ def test_an_8_bit_optimizer_without_bitsandbytes(fit: Any, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     line = fit("--model.init_args.optimizer", "adamw_8bit")
     assert "optimizer adamw_8bit needs bitsandbytes" in line
+
+
+def test_an_8_bit_optimizer_with_a_bitsandbytes_that_has_no_library_for_the_device(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bitsandbytes import functional
+
+    def missing(*arguments: Any, **options: Any) -> None:
+        raise RuntimeError("no library")
+
+    monkeypatch.setattr(functional, "optimizer_update_8bit_blockwise", missing)
+    line = fit("--model.init_args.optimizer", "adamw_8bit")
+    assert "bitsandbytes does not work on cpu (no library)" in line
+    assert "or set optimizer: adamw" in line
 
 
 def test_lora_without_a_layer_of_that_name(fit: Any) -> None:
@@ -124,11 +138,12 @@ def test_a_card_that_is_too_small(model_folder: Path, tmp_path: Path) -> None:
     config = parse([*arguments, "--model.init_args.model", str(model_folder)])
     base = doctor.base_of(config, None)
     own = machine.model_config(base.source)
-    needed = doctor.footprint(own, doctor.sizes_of(config, base)).peak
-    assert doctor.require_card(config, needed + int(doctor.ALLOWANCE) + 1) is None
-    assert "may not fit: foretold" in str(doctor.require_card(config, needed))
-    with pytest.raises(InputError, match=r"does not fit: foretold to need .*; hcrlhf doctor"):
-        doctor.require_card(config, needed - 1)
+    told = doctor.footprint(own, doctor.sizes_of(config, base))
+    assert doctor.require_card(config, told.peak + int(doctor.ALLOWANCE) + 1) is None
+    stays = sum(told.parts.values())
+    assert "may not fit: foretold" in str(doctor.require_card(config, stays))
+    with pytest.raises(InputError, match=r"does not fit: foretold are .*; hcrlhf doctor"):
+        doctor.require_card(config, stays - 1)
     # What cannot be foretold is not refused.
     config["model"]["init_args"]["model"] = str(tmp_path / "nothing")
     assert doctor.require_card(config, 1) is None

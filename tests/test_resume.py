@@ -20,6 +20,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from callbacks import Completions
 from datamodules.files import EpochSampler
 from hcrlhf import resume
 from hcrlhf.cli import NO_SOLUTION, PASSED, main
@@ -297,7 +298,8 @@ def policy_arguments(stages: Path, root: Path, *more: str) -> list[str]:
     arguments += ["--data.init_args.prompts_per_update", "8", "--data.init_args.updates", "6"]
     learner = "--model.init_args.learner.init_args"
     arguments += [f"{learner}.epochs=2", f"{learner}.minibatches=2"]
-    return [*arguments, LIMIT % 3.5, *more]
+    # A fixed weight of the KL, which may change on resume.
+    return [*arguments, LIMIT % 3.5, "--model.init_args.adaptive_kl=null", *more]
 
 
 def callbacks(
@@ -401,6 +403,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(
     assert [m for m in caplog.messages if "answered" in m] == ["  30 answered"]
     for name in ("policy/adapter_model.safetensors", "completions.jsonl"):
         assert (part / name).read_bytes() == (whole / name).read_bytes()
+    # A last line that was cut off is forgotten, and ends of lines of other kinds are text.
+    path = part / "completions.jsonl"
+    line = path.read_text().split("\n")[0]
+    first = line.replace('"response": "', '"response": "\u2028').encode()
+    path.write_bytes(first + b'\n{"update": 2, "resp\xe2')
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=str(part))
+    Completions()._forget(trainer, 6)  # type: ignore[arg-type]
+    assert path.read_bytes() == first + b"\n"
+    path.write_bytes((whole / "completions.jsonl").read_bytes())
     assert [r["update"] for r in read_lines(part / "completions.jsonl")] == [1, 2, 3, 4, 5, 6]
     ours, theirs = (read(folder / "certificate.json") for folder in (part, whole))
     assert ours["data"]["costs"] == theirs["data"]["costs"]
@@ -579,7 +590,7 @@ def test_a_run_that_was_moved_goes_on_with_what_may_change_and_says_it(
     assert dict(said) == {
         "model.init_args.learning_rate": "0.0015 → 0.0001",
         "model.init_args.weight_decay": "0.0 → 0.5",
-        "model.init_args.kl_coefficient": "0.03 → 0.2",
+        "model.init_args.kl_coefficient": "0.04 → 0.2",
         "data.init_args.updates": "6 → 8",
     }
     # And they hold, whatever the optimizer's state says: 3e-3 · (1 - 6/8) after six updates of
@@ -591,7 +602,7 @@ def test_a_run_that_was_moved_goes_on_with_what_may_change_and_says_it(
     assert [group["weight_decay"] for group in groups] == [0.5, 0.5]
     assert state["lr_schedulers"][0]["base_lrs"] == [1e-4, 3e-3]
     # Both configs are kept, and both parts of the figures.
-    assert "kl_coefficient: 0.03" in (root / "config-1.yaml").read_text()
+    assert "kl_coefficient: 0.04" in (root / "config-1.yaml").read_text()
     assert "kl_coefficient: 0.2" in (root / "config.yaml").read_text()
     assert (root / "metrics.csv").is_file() and (root / "metrics-1.csv").is_file()
 

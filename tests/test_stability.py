@@ -39,9 +39,19 @@ def test_the_kl_coefficient_follows_the_kl_slowly(kl: float, expected: float) ->
     assert AdaptiveKL(target=6.0).update(0.5, kl) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("options", [{"target": 0.0}, {"target": math.nan}, {"gain": -1.0}])
+def test_with_a_minimum_the_target_is_a_limit() -> None:
+    limit = AdaptiveKL(target=6.0, minimum=0.5)
+    assert limit.update(0.5, 2.0) == 0.5
+    assert limit.update(0.5, 60.0) == pytest.approx(0.51)
+    assert limit.update(0.6, 2.0) == pytest.approx(0.6 * 0.98)  # back to where it began
+    assert limit.update(0.505, 2.0) == 0.5
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": 0.0}, {"target": math.nan}, {"gain": -1.0}, {"minimum": -1.0}]
+)
 def test_a_controller_out_of_range_is_refused(options: dict[str, float]) -> None:
-    with pytest.raises(InputError, match="of the adaptive KL is positive"):
+    with pytest.raises(InputError, match="of the adaptive KL is (positive|>= 0)"):
         AdaptiveKL(**{"target": 1.0, **options})
 
 
@@ -81,6 +91,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run()
         ({"max_grad_norm": 0.0}, "max_grad_norm is positive, got 0.0; .inf"),
         ({"critic_learning_rate": 0.0}, "critic_learning_rate is positive or null, got 0.0"),
         ({"kl_coefficient": 0.0, "adaptive_kl": AdaptiveKL(1.0)}, "so that it stays 0"),
+        (
+            {"kl_coefficient": 0.1, "adaptive_kl": AdaptiveKL(1.0, minimum=0.2)},
+            "kl_coefficient 0.1 lies below the minimum 0.2 of adaptive_kl",
+        ),
     ],
 )
 def test_settings_out_of_range_are_refused(options: dict[str, float], message: str) -> None:
@@ -104,17 +118,28 @@ def test_after_the_warm_up_multipliers_and_kl_coefficient_are_steered() -> None:
     ("multiplier", "violations", "words"),
     [
         # At its cap from the third step on, for 50 of them.
-        (ProjectedMultiplier(1.0, 0.0, maximum=3.0), [1.0] * 52, "has been at its cap 3 for 50"),
+        (
+            ProjectedMultiplier(1.0, 0.0, maximum=3.0),
+            [1.0] * 52,
+            "at its cap 3 for 50 updates",
+        ),
         # Far from it, and the limit was never kept.
-        (ProjectedMultiplier(0.01, 0.0), [1.0] * 50, "above training's target, λ now 0.5, for 50"),
+        (
+            ProjectedMultiplier(0.01, 0.0),
+            [1.0] * 50,
+            "target for 50 updates, λ is 0.5",
+        ),
         (ProjectedMultiplier(1.0, 0.0), [*[1.0] * 49, -1.0, *[1.0] * 49], None),
+        # Only the margin to the limit is missing: the last cost is what the forecast is made of.
+        (ProjectedMultiplier(0.01, 0.0), [0.1] * 50, None),
     ],
 )
 def test_a_limit_that_may_not_be_reachable_is_said_once(
     multiplier: ProjectedMultiplier, violations: list[float], words: str | None
 ) -> None:
     module = policy(multiplier=multiplier)
-    rollout = replace(rollout_of(["a", "b"], [[0.0]] * 2, [1, 1]), costs=np.array([1.0, 3.0]))
+    costs = np.array([1.0, 3.0]) if violations[0] == 1.0 else np.array([-9.0, -9.1])
+    rollout = replace(rollout_of(["a", "b"], [[0.0]] * 2, [1, 1]), costs=costs)
     said = []
     for g in violations:
         module.dual.step([g])
