@@ -118,6 +118,8 @@ class Completions(Callback):
     def _forget(self, trainer: Trainer, updates: int) -> None:
         """Removes what was written after the checkpoint that a run goes on from."""
         path = Path(trainer.default_root_dir) / FILE
+        if updates == 0:
+            self._remove(trainer, FILE)
         if not trainer.is_global_zero or not path.is_file():
             return
         # The last line may have been cut off, and other ends of lines stand inside of texts.

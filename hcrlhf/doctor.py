@@ -220,9 +220,14 @@ def remedies(sizes: Sizes) -> dict[str, Sizes]:
     if sizes.stage == "policy":
         if sizes.unpacked:
             found["unpacked_rollouts: false"] = replace(sizes, unpacked=False)
-        if sizes.rollout_rows > 1:
-            half = sizes.rollout_rows // 2
-            found[f"rollout_batch_size: {half}"] = replace(sizes, rollout_rows=half)
+        if max(sizes.rollout_rows, sizes.test_rows) > 1:
+            half = max(sizes.rollout_rows, sizes.test_rows) // 2
+            fewer = replace(
+                sizes,
+                rollout_rows=min(sizes.rollout_rows, half),
+                test_rows=min(sizes.test_rows, half),
+            )
+            found[f"rollout_batch_size: {half}"] = fewer
         if max(sizes.rows, sizes.score_rows) > 1:
             half = max(sizes.rows, sizes.score_rows) // 2
             fewer = replace(

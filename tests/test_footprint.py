@@ -105,7 +105,8 @@ def measured(own: Backbone, mixed: bool, unpacked: bool = False) -> dict[str, in
     with counted(found, "rollout"), autocast, own.merged("policy"), copies:
         never = [10**6]
         sample(own, tokens(ROLLOUT_ROWS, 0), [0] * ROLLOUT_ROWS, Decoding(), RESPONSE, never, 0)
-    with counted(found, "test"), own.merged("policy"):
+    copies = own.unpacked() if unpacked else nullcontext()  # as a look at a candidate draws
+    with counted(found, "test"), own.merged("policy"), copies:
         sample(own, tokens(ROLLOUT_ROWS, 0), [0] * ROLLOUT_ROWS, Decoding(), RESPONSE, never, 0)
     with counted(found, "score"), autocast, own.inference():
         readers = {role: (lambda h, t: h[:, -1]) for role in roles}
