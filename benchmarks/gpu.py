@@ -257,6 +257,13 @@ class Bench:
         self.own.to(self.device)
         return critics, heads
 
+    def draw(self, count: int, length: int) -> None:
+        prompts = tokens(count, 0, self.vocabulary, PROMPT // 2).to(self.device)
+        with self.own.merged("policy"):
+            # No token stops a response, so that all have full length.
+            found = sample(self.own, prompts, list(range(count)), Decoding(), length, [-1], 0)
+        assert found.response_ids.shape == (count, length)
+
     def passes(self, sizes: Sizes) -> dict[str, Callable[[int], None]]:
         """Those of a stage's update, in their order, by how many tokens a response has."""
         own, device = self.own, self.device
@@ -272,20 +279,11 @@ class Bench:
         batch = tokens(sizes.rows, RESPONSE, self.vocabulary).to(device)
 
         def rollout(length: int) -> None:
-            prompts = tokens(sizes.rollout_rows, 0, self.vocabulary, PROMPT // 2).to(device)
-            copies = own.unpacked() if sizes.unpacked else nullcontext()
-            with autocast, own.merged("policy"), copies:
-                # No token stops a response, so that all have full length.
-                seeds = list(range(len(prompts)))
-                found = sample(own, prompts, seeds, Decoding(), length, [-1], 0)
-            assert found.response_ids.shape == (sizes.rollout_rows, length)
+            with autocast, own.unpacked() if sizes.unpacked else nullcontext():
+                self.draw(sizes.rollout_rows, length)
 
-        def test(length: int) -> None:
-            # As the safety test draws: packed weights, no mixed precision.
-            prompts = tokens(sizes.rollout_rows, 0, self.vocabulary, PROMPT // 2).to(device)
-            with own.merged("policy"):
-                seeds = list(range(len(prompts)))
-                sample(own, prompts, seeds, Decoding(), length, [-1], 0)
+        def test(length: int) -> None:  # packed, without mixed precision
+            self.draw(sizes.test_rows, length)
 
         def score(length: int) -> None:
             frozen = [role for role in own.roles if role.startswith("frozen")]

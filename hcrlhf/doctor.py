@@ -29,7 +29,6 @@ GIB = 2**30
 # memory that the allocator holds in pieces that fit nothing. An allowance, not a measurement.
 ALLOWANCE = 0.75 * GIB
 TOO_LARGE, FITS = 2, 0
-TEST_ROWS = {"SafetyTest": 64, "BestCandidate": 100}  # batch_size where it is not set
 INNER: tuple[Role, ...] = ("reward", "cost")
 
 Config = Mapping[str, Any]
@@ -59,12 +58,9 @@ class Finding:
 
 def _test_rows(callbacks: Sequence[Config], most: int | None) -> int:
     """Responses that the safety test, or a look at a candidate, draws together."""
-    found = [0]
-    for callback in callbacks:
-        usual = TEST_ROWS.get(callback["class_path"].rpartition(".")[2], 0)
-        rows = (callback.get("init_args") or {}).get("batch_size", usual) if usual else 0
-        found.append(min(rows, most or rows))
-    return max(found)
+    drawing = [c for c in callbacks if c["class_path"].endswith((".SafetyTest", ".BestCandidate"))]
+    rows: list[int] = [callback["init_args"]["batch_size"] for callback in drawing]
+    return min(max(rows, default=0), most or max(rows, default=0))
 
 
 def base_of(config: Config, sft: Config | None) -> Base:

@@ -197,6 +197,13 @@ def put_aside(path: Path) -> None:
     path.rename(path.with_name(f"{path.stem}-{number}{path.suffix}"))
 
 
+def card_memory(device: torch.device) -> int | None:
+    """Bytes of a CUDA card; None for another device."""
+    if device.type != "cuda":
+        return None
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
 class CLI(LightningCLI):
     """Adds the run folder: `trainer.default_root_dir` holds everything that a run writes."""
 
@@ -302,11 +309,10 @@ class CLI(LightningCLI):
         Raises:
             InputError: the card is too small for what is foretold.
         """
-        device = self.trainer.strategy.root_device
-        if device.type != "cuda":
+        total = card_memory(self.trainer.strategy.root_device)
+        if total is None:
             return
         whole = json.loads(self.parser.dump(self.config, format="json", skip_none=False))
-        total = torch.cuda.get_device_properties(device).total_memory
         if doubt := doctor.require_card(whole[self.subcommand], total):
             rank_zero_warn(doubt)
 

@@ -503,7 +503,7 @@ class ScoredPolicy(AdapterModule):
             "val/harm_rate": float((costs > 0).mean()),
             "val/kl": float(kl.mean()),
         }
-        # One that is not a number does not end a run that is trained: its test will fail it.
+        # A cost that is not a number ends no training that is over: it is for the test to judge.
         finite = bool(np.isfinite(costs).all())
         if not finite:
             rank_zero_warn(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from hcrlhf import backbone, doctor, machine, stages
+from hcrlhf import backbone, doctor, machine
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.cli import main
 from hcrlhf.errors import InputError
@@ -31,10 +31,8 @@ def fit(
     def weights(*arguments: Any, **options: Any) -> None:
         raise AssertionError("weights were read")
 
-    for module in (backbone, stages):
-        for name in ("load_causal_lm", "fingerprint"):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, weights)
+    # Where they are used: a module that were imported now would keep what it found patched.
+    monkeypatch.setattr("lightning_modules.adapter_module.load_causal_lm", weights)
     monkeypatch.setattr("lightning_modules.supervised.fingerprint", weights)
     data = tmp_path / "data.jsonl"
     data.write_text("".join(f'{{"prompt": "{i}", "response": "b"}}\n' for i in range(60)))
@@ -102,6 +100,11 @@ def test_lora_without_a_layer_of_that_name(fit: Any) -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
 def test_a_gpu_where_there_is_none(fit: Any) -> None:
     assert "trainer.accelerator is gpu, and PyTorch finds none" in fit("--trainer.accelerator=gpu")
+
+
+def test_a_card_that_does_not_hold_what_stays(fit: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hcrlhf.lightning_cli.card_memory", lambda device: 1000)
+    assert "this stage does not fit: foretold are" in fit()
 
 
 @pytest.mark.parametrize(
