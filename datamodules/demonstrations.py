@@ -17,7 +17,8 @@ class Demonstrations(EncodedLoading):
     """Rows with a prompt and a response.
 
     Args:
-        path: file (.json, .jsonl, .csv, .gz of these, .parquet) or hub id.
+        path: file (.json, .jsonl, .csv, .gz of these, .parquet) or hub id, as of
+            `hcrlhf.rows.hub_source` (a commit behind @ keeps it the same).
         prompt_field, response_field: names of the columns.
         context_field: of a text that the prompt is about, put after it and an empty line (`context`
             of databricks-dolly-15k); None: there is none.

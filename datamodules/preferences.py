@@ -27,7 +27,8 @@ class Preferences(EncodedLoading):
       - prompt, chosen, rejected.
 
     Args:
-        path: file (.json, .jsonl, .csv, .gz of these, .parquet) or hub id.
+        path: file (.json, .jsonl, .csv, .gz of these, .parquet) or hub id, as of
+            `hcrlhf.rows.hub_source` (a commit behind @ keeps it the same).
         label: "better": the pair's order is by helpfulness, for a reward model. "safer": by
             harmlessness, for a cost model, where the less safe response scores higher. The last
             two forms hold one label only and take it for "better".

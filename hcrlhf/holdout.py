@@ -14,7 +14,7 @@ from pathlib import Path
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, prompt_key, user_turn
 from hcrlhf.hashing import require_empty, sha256, write_json
-from hcrlhf.rows import Row, parse_dialogue, read_rows, text_field
+from hcrlhf.rows import Row, hub_source, parse_dialogue, read_rows, text_field
 
 COLUMNS = ("prompt", "instruction", "question")  # of prompts, the first one that is there
 HELD_OUT = ("safety", "validation", "evaluation")
@@ -78,7 +78,7 @@ def split(
     """Writes prompts/{train,safety,validation,evaluation}.jsonl, and NAME.jsonl of every source.
 
     Args:
-        sources: files or hub ids; their prompts are what is drawn from.
+        sources: files or hub ids (as of `hub_source`); their prompts are what is drawn from.
         also: further data that a stage trains on; the held-out prompts are taken out of it too.
         folder: new or empty.
 
@@ -129,10 +129,11 @@ def split(
 
 
 def _name(source: str) -> str:
-    """ "hh-rlhf-helpful-base" of "Anthropic/hh-rlhf/helpful-base", "x" of "data/x.jsonl.gz"."""
+    """ "hh-rlhf-base" of "Anthropic/hh-rlhf/base@main", "x" of "data/x.jsonl.gz"."""
     if Path(source).is_file():
         return Path(source).name.split(".")[0]
-    return "-".join(source.split("/")[1:]) or source
+    hub_id, folder, _ = hub_source(source)
+    return "-".join(part for part in (hub_id.split("/")[-1], *folder.split("/")) if part)
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:
@@ -143,7 +144,11 @@ def _write(path: Path, rows: Sequence[Row]) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser("hcrlhf split", description=__doc__)
-    parser.add_argument("sources", nargs="+", help="files or hub ids to draw prompts from")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        help="files or hub ids (OWNER/NAME[/FOLDER][@REVISION]) to draw prompts from",
+    )
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
     parser.add_argument("--also", nargs="+", default=[], help="further data of some stage")
     parser.add_argument("--safety", type=int, default=1000, help="prompts of the safety file")

@@ -21,8 +21,8 @@ def read_rows(source: str, split: str = "train", expected: str = "a file of exam
     """The rows of a local file, or of a data set on the hub.
 
     Args:
-        source: path of a .json, .jsonl, .csv (each also .gz) or .parquet file, or a hub id; with a
-            third part, a folder of that data set ("Anthropic/hh-rlhf/helpful-base").
+        source: path of a .json, .jsonl, .csv (each also .gz) or .parquet file, or a data set on the
+            hub, as of `hub_source`.
         split: of a hub data set.
         expected: what the error says of a file that is not there.
 
@@ -50,10 +50,9 @@ def read_rows(source: str, split: str = "train", expected: str = "a file of exam
                 )
                 rows: list[Row] = loaded.to_list()
         else:
-            owner, _, rest = source.partition("/")
-            name, _, folder = rest.partition("/")
-            options = {"data_dir": folder} if folder else {}
-            hub_id = f"{owner}/{name}" if name else owner
+            hub_id, folder, revision = hub_source(source)
+            given = {"data_dir": folder, "revision": revision}
+            options = {key: value for key, value in given.items() if value}
             rows = datasets.load_dataset(hub_id, split=split, **options).to_list()
     except Exception as error:  # the library raises its own, pyarrow's, fsspec's and the hub's
         cause = error.__cause__ or error
@@ -62,6 +61,17 @@ def read_rows(source: str, split: str = "train", expected: str = "a file of exam
     if not rows:
         raise InputError(f"{source} has no rows")
     return rows
+
+
+def hub_source(source: str) -> tuple[str, str, str]:
+    """Data set id, folder in it and revision of "OWNER/NAME[/FOLDER][@REVISION]".
+
+    The revision is a commit, tag or branch; without it the hub's main branch is read, which its
+    owner may change at any time. What is missing is "".
+    """
+    name, _, revision = source.partition("@")
+    parts = name.split("/", 2)
+    return "/".join(parts[:2]), "".join(parts[2:]), revision
 
 
 def text_field(row: Row, field: str, source: str, index: int) -> str:

@@ -166,7 +166,7 @@ def test_the_command_says_what_it_wrote(tmp_path: Path, pairs: str, capsys: Any)
     assert "nowhere.jsonl does not exist" in capsys.readouterr().err
 
 
-def test_a_folder_of_a_hub_data_set_is_the_third_part_of_its_name(
+def test_the_name_of_a_hub_data_set_says_its_folder_and_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
@@ -182,12 +182,17 @@ def test_a_folder_of_a_hub_data_set_is_the_third_part_of_its_name(
         return Loaded()
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    split(["Anthropic/hh-rlhf/helpful-base", "owner/data"], [], tmp_path / "x", SIZES)
+    sources = ["Anthropic/hh-rlhf/helpful-base@0123abc", "owner/data@v1.0", "squad/a/b", "imdb"]
+    split(sources, [], tmp_path / "x", SIZES)
     assert asked == [
-        ("Anthropic/hh-rlhf", {"split": "train", "data_dir": "helpful-base"}),
-        ("owner/data", {"split": "train"}),
+        (
+            "Anthropic/hh-rlhf",
+            {"split": "train", "data_dir": "helpful-base", "revision": "0123abc"},
+        ),
+        ("owner/data", {"split": "train", "revision": "v1.0"}),
+        ("squad/a", {"split": "train", "data_dir": "b"}),
+        ("imdb", {"split": "train"}),
     ]
-    assert {p.name for p in (tmp_path / "x").glob("*.jsonl")} == {
-        "hh-rlhf-helpful-base.jsonl",
-        "data.jsonl",
-    }
+    names = ("hh-rlhf-helpful-base", "data", "a-b", "imdb")
+    assert {p.name for p in (tmp_path / "x").glob("*.jsonl")} == {f"{n}.jsonl" for n in names}
+    assert json.loads((tmp_path / "x" / "split.json").read_text())["sources"] == sources
