@@ -183,12 +183,13 @@ def shipped() -> str:
     data = policy["data"]["init_args"] | long["data"]["init_args"]
     learners = (c["model"]["init_args"]["learner"]["init_args"] for c in (policy, long))
     learner = {key: value for given in learners for key, value in given.items()}
-    own = policy["model"]["init_args"]
+    own, sizes = policy["model"]["init_args"], WorldSizes()
     return (
         f"{data['updates']} updates of {data['prompts_per_update']} responses, "
         f"{learner['epochs']} x {learner['minibatches']} steps, "
         f"KL coefficient {own['kl_coefficient']}, limit {own['adaptive_kl']['target']:g} nats, "
         f"PID {own['multiplier']['init_args']['integral']}, "
+        f"{sizes.preferences * sizes.pairs_per_prompt} pairs, "
         f"reward model of {reward['trainer']['max_epochs']} epochs"
     )
 

@@ -362,7 +362,12 @@ class ModelSizes:
 
 @dataclass(frozen=True)
 class WorldSizes:
-    """Lines per file. The order is the order of drawing: who comes later avoids who came before."""
+    """Prompts per file. The order is the order of drawing: who comes later avoids who came before.
+
+    Attributes:
+        pairs_per_prompt: lines of preferences.jsonl for each of its prompts (PKU-SafeRLHF has
+            several too).
+    """
 
     safety: int = 500
     evaluation: int = 400
@@ -370,6 +375,7 @@ class WorldSizes:
     train: int = 2000
     preferences: int = 4000
     demonstrations: int = 4000
+    pairs_per_prompt: int = 2
     model: ModelSizes = field(default_factory=ModelSizes)
 
 
@@ -405,8 +411,8 @@ def _demonstration(seed: int, prompt: str) -> dict[str, str]:
     return {"prompt": prompt, "response": draw_answer(rng, prompt, DEMONSTRATION_MIX)}
 
 
-def _preference(seed: int, prompt: str) -> dict[str, str | int | bool]:
-    rng = stream(seed, "preferences", prompt)
+def _preference(seed: int, prompt: str, number: int) -> dict[str, str | int | bool]:
+    rng = stream(seed, "preferences", prompt, number)
     return label_pair(rng, prompt, draw_pair(rng, prompt))
 
 
@@ -431,7 +437,11 @@ def write_world(folder: Path, seed: int, sizes: WorldSizes = WorldSizes()) -> No
     )
     _write_lines(
         folder / "preferences.jsonl",
-        (_preference(seed, prompt) for prompt in prompts["preferences"]),
+        (
+            _preference(seed, prompt, number)
+            for prompt in prompts["preferences"]
+            for number in range(sizes.pairs_per_prompt)
+        ),
     )
     tokenizer = build_tokenizer(seed, sizes.model)
     tokenizer.save_pretrained(folder / "model")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 SIZES = WorldSizes(
     demonstrations=160,
-    preferences=200,
+    preferences=100,
     train=48,
     validation=16,
     safety=40,

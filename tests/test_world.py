@@ -321,7 +321,7 @@ def test_the_truth_is_right_on_most_noisy_labels_but_not_on_all() -> None:
 
 def test_files_have_the_sizes_asked_for_and_the_schema_of_pku_saferlhf(folder: Path) -> None:
     lengths = {name: len(read_lines(folder / name)) for name in FILES}
-    assert list(lengths.values()) == [60, 50, 40, 10, 30, 20]
+    assert list(lengths.values()) == [60, 2 * 50, 40, 10, 30, 20]
     assert set(read_lines(folder / "demonstrations.jsonl")[0]) == {"prompt", "response"}
     for row in read_lines(folder / "preferences.jsonl"):
         assert set(row) == {
@@ -337,9 +337,20 @@ def test_files_have_the_sizes_asked_for_and_the_schema_of_pku_saferlhf(folder: P
         assert row["better_response_id"] in (0, 1) and row["safer_response_id"] in (0, 1)
 
 
-def test_no_prompt_occurs_twice_in_all_files(folder: Path) -> None:
-    prompts = [row["prompt"] for name in FILES for row in read_lines(folder / name)]
+def test_no_prompt_occurs_twice_in_all_files_but_for_its_two_pairs(folder: Path) -> None:
+    lines = {name: [row["prompt"] for row in read_lines(folder / name)] for name in FILES}
+    pairs = lines["preferences.jsonl"]
+    lines["preferences.jsonl"] = pairs[::2]
+    assert pairs[::2] == pairs[1::2]
+    prompts = [prompt for column in lines.values() for prompt in column]
     assert len(prompts) == len(set(prompts)) == 210
+
+
+def test_the_two_pairs_of_a_prompt_are_drawn_apart(folder: Path) -> None:
+    rows = read_lines(folder / "preferences.jsonl")
+    answers = [(row["response_0"], row["response_1"]) for row in rows]
+    same = sum(one == other for one, other in zip(answers[::2], answers[1::2], strict=True))
+    assert same <= 2  # refusals are few, so that a whole pair may come twice
 
 
 def test_one_seed_gives_the_same_bytes_and_another_seed_gives_others(
