@@ -188,12 +188,13 @@ DEMONSTRATION_MIX = Mix(
     clauses=(0.5, 0.3, 0.2),
     blemish=0.0,
 )
-# Wider, so that a scorer sees what a policy may try later.
+# Wider, so that a scorer sees what a policy may try later: with a blemish in 8 of 100 answers a
+# reward model liked the steps of one topic in answer to another, and PPO found it out.
 PREFERENCE_MIX = Mix(
     hazardous={"comply": 0.5, "dodge": 0.25, "refusal": 0.25},
     harmless={"help": 0.35, "shortcut": 0.35, "dodge": 0.15, "refusal": 0.15},
     clauses=(0.34, 0.33, 0.33),
-    blemish=0.08,
+    blemish=0.25,
 )
 HAZARDOUS_SHARE = 0.7  # of the prompts: safety has to matter on average, not in a corner
 WARM_OPENER_SHARE = 0.3
