@@ -214,9 +214,9 @@ class Run:
             passed = trial.passed()
             if passed:
                 trial.certify({}, {})
-                trial.release()
             else:
                 trial.fail()
+            trial.release()
         share = granted_share("halving", self.opened)
         if granted[0].delta != DELTA * share or passed != passes(costs, share):
             raise SystemExit(f"{self.name}: the gate decided otherwise than at δ·2^-{self.opened}")

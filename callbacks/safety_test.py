@@ -86,6 +86,7 @@ class SafetyTest(Callback):
         self.candidate_check = candidate_check
         self.human = human
         self.verdict: Verdict | None = None
+        self._record: dict[str, Any] = {}  # the verdict that this process wrote last
         self._configured: Any = ()
         self._encoded: dict[str, Any] = {}
         self._population = Population(())
@@ -132,6 +133,12 @@ class SafetyTest(Callback):
                     f"{path} already says {found}; another test is another run folder, with "
                     "prompts that no test has used"
                 )
+        if (self._folder(trainer) / "policy").exists():
+            raise InputError(
+                f"{self._folder(trainer) / 'policy'} is there already, without a PASS of this run, "
+                "which writes its own in its place; remove it, or choose another "
+                "trainer.default_root_dir"
+            )
         # Training aims at what this test will be granted, not at what was configured.
         self._configured = pl_module.constraints
         pl_module.constraints = self._gate(trainer).grant(self._configured)
@@ -178,6 +185,8 @@ class SafetyTest(Callback):
         self._encoded = {key: value for key, value in encoded.items() if value is not None}
         pool = [key for key in safety if key in self._encoded]
         stages = cast(SafetyTestable, pl_module).training_prompt_keys()
+        # Once more: a checkpoint, which is loaded by now, brings the prompts that it has seen.
+        require_disjoint(safety, stages, "safety", "earlier stages'")
         self._population = Population(
             pool,
             left_out=len(safety) - len(pool),
@@ -189,6 +198,8 @@ class SafetyTest(Callback):
         )
         needed = cast(SafetyTestable, pl_module).constraints[0].safety_prompts
         self._gate(trainer).require_fresh(self._population, needed)
+        if trainer.is_global_zero:  # of a run that was killed: not tested, and not to be used
+            shutil.rmtree(self._folder(trainer) / "policy.tmp", ignore_errors=True)
         self._write(trainer, "NOT_TESTED", "the safety test has not run to its end", None)
 
     # -- the test ------------------------------------------------------------------------------
@@ -261,6 +272,7 @@ class SafetyTest(Callback):
                 self._write(
                     trainer, "NO_SOLUTION_FOUND", "the safety test was not passed", trial.plan_hash
                 )
+                trial.release()
                 return
             candidate = self._write_policy(module, folder)
             require_same_files(files, folder_hashes(candidate))
@@ -328,10 +340,15 @@ class SafetyTest(Callback):
         # test had not ended: what breaks afterwards (a logger, another callback) changes nothing.
         released = self.verdict == "PASS" and (self._folder(trainer) / "policy").exists()
         ended = released or self.verdict == "NO_SOLUTION_FOUND"
-        if self.verdict is not None and not ended:
+        if self.verdict is not None and not ended and self._written_here(trainer):
             shutil.rmtree(self._folder(trainer) / "policy.tmp", ignore_errors=True)
             reason = f"the run stopped with {type(exception).__name__}"
             self._write(trainer, "NOT_TESTED", reason, None)
+
+    def _written_here(self, trainer: Trainer) -> bool:
+        """Whether the verdict on disk is this process's: another one may run in the same folder."""
+        record = certificate.read_verdict(self._folder(trainer) / VERDICT_FILE)
+        return record is None or record == self._record
 
     def _write(
         self, trainer: Trainer, verdict: Verdict, reason: str, plan_hash: str | None
@@ -340,9 +357,8 @@ class SafetyTest(Callback):
         if trainer.is_global_zero:
             folder = self._folder(trainer)
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(
-                folder / VERDICT_FILE, certificate.verdict_record(verdict, reason, plan_hash)
-            )
+            self._record = certificate.verdict_record(verdict, reason, plan_hash)
+            write_json(folder / VERDICT_FILE, self._record)
 
     @staticmethod
     def _folder(trainer: Trainer) -> Path:

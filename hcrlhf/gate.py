@@ -219,6 +219,8 @@ class Gate:
                     number = earlier.test.number if earlier else ledger.next_test
                     planned = plan(number, ledger.head, ledger.spent())
                     arguments = (json_hash(planned.plan), planned.order, self.state)
+                    # Before the ledger's line: who finds that line has to find the plan it names.
+                    write_json(self.folder / cert.PLAN_FILE, planned.plan)
                     if earlier:
                         ledger = ledgers.continue_test(ledger, number, *arguments)
                     else:
@@ -522,7 +524,6 @@ class SafetyTrial:
             },
         )
         self._close("NO_SOLUTION_FOUND", None, sealed)
-        self._partial.unlink(missing_ok=True)
 
     def certify(
         self, texts: Mapping[str, str], package_versions: Mapping[str, str]
@@ -577,7 +578,11 @@ class SafetyTrial:
         write_text(folder / cert.PAGE_FILE, cert.certificate_page(record))
 
     def release(self) -> None:
-        """After the policy stands in its place: the costs are in the certificate now."""
+        """Once the verdict is written: the costs are in the certificate, or sealed.
+
+        Not earlier: a run that broke off in between would draw all of them anew, and on a GPU they
+        are never the same to the last digit.
+        """
         self._partial.unlink(missing_ok=True)
 
     def _own(self) -> CostSamples:

@@ -44,9 +44,9 @@ def file_sha256(path: Path) -> str:
 
 
 def source_file(thing: Any) -> Path | None:
-    """The Python file that defines a class, a function, or the class of any other object."""
+    """The Python file of a module, a class, a function, or of the class of any other object."""
     thing = inspect.unwrap(thing) if callable(thing) else thing
-    plain = inspect.isclass(thing) or inspect.isroutine(thing)
+    plain = inspect.isclass(thing) or inspect.isroutine(thing) or inspect.ismodule(thing)
     try:
         path = inspect.getsourcefile(thing if plain else type(thing))
     except TypeError:  # a built-in one

@@ -13,7 +13,7 @@ import json
 import pickle
 import random
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,14 +119,17 @@ def source_identity(name: str) -> str | None:
     if name.partition(".")[0] in OWN:
         return None
     try:
-        file = source_file(getattr(importlib.import_module(module), own))
+        home = importlib.import_module(module)
+        # Where the name stands for an object (a functools.partial), its module says what is in it.
+        files = {source_file(getattr(home, own)), source_file(home)}
     except (Exception, SystemExit):  # whoever makes an object of it says what is wrong
         return None
-    if file is None or any(
-        file.is_relative_to(Path(sysconfig.get_path(p)).resolve()) for p in INSTALLED
-    ):
-        return None
-    return json_hash([name, file_sha256(file)])
+    hashes = [file_sha256(file) for file in files if file is not None and not _installed(file)]
+    return json_hash([name, *sorted(hashes)]) if hashes else None
+
+
+def _installed(file: Path) -> bool:
+    return any(file.is_relative_to(Path(sysconfig.get_path(p)).resolve()) for p in INSTALLED)
 
 
 def _by_class(callbacks: Any) -> dict[str, Any]:
@@ -308,6 +311,17 @@ def check(path: Path, run: Settings, command: str) -> list[Change]:
             "as many"
         )
     return found
+
+
+def packed_keys(keys: Collection[str]) -> torch.Tensor:
+    """The first 32 hex digits of prompt keys as bytes, (N, 16): a checkpoint holds many of them."""
+    digits = "".join(sorted({key[:32] for key in keys}))
+    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8).reshape(-1, 16)
+
+
+def unpacked_keys(packed: torch.Tensor) -> frozenset[str]:
+    """The inverse of `packed_keys`."""
+    return frozenset(row.tobytes().hex() for row in packed.cpu().numpy())
 
 
 # -- global random generators ----------------------------------------------------------------------

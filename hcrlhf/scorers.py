@@ -7,11 +7,12 @@ as text, and renders and tokenises them itself. Positive cost = harmful.
 from __future__ import annotations
 
 import importlib
+import inspect
 import math
 import traceback
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -54,6 +55,7 @@ class Scorer(ABC):
     squash: float | None = None
     lower: float | None = None
     upper: float | None = None
+    init_args: Mapping[str, Any] = {}  # as given, for the plan of a safety test
     # Whether the zero of the score is known to mean nothing (trained without sign terms).
     arbitrary_zero = False
 
@@ -84,6 +86,16 @@ class Scorer(ABC):
             )
         if lower is not None and upper is not None and not -math.inf < lower < upper < math.inf:
             raise InputError(f"the range of a scorer is lower < upper, got [{lower}, {upper}]")
+
+    def __new__(cls, *arguments: Any, **named: Any) -> Scorer:
+        scorer = super().__new__(cls)
+        try:
+            bound = inspect.signature(cls.__init__).bind(scorer, *arguments, **named)
+        except TypeError:  # for __init__ to refuse; or a copy, which brings them along
+            return scorer
+        bound.apply_defaults()
+        scorer.init_args = {k: plain(v) for k, v in [*bound.arguments.items()][1:]}
+        return scorer
 
     @abstractmethod
     def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
@@ -195,12 +207,18 @@ class Scorer(ABC):
             return self.lower, self.upper
         return squash_range(self.squash)
 
+    @cached_property
+    def source(self) -> str:
+        """SHA-256 of the file that defines it, when it was first asked for: before training."""
+        return source_hash(type(self), self.name)
+
     def provenance(self) -> dict[str, Any]:
         """What the plan of a safety test commits to where this is the cost."""
         cls = type(self)
         return {
             "class_path": f"{cls.__module__}.{cls.__qualname__}",
-            "source": source_hash(cls, self.name),
+            "init_args": self.init_args,
+            "source": self.source,
             "squash": self.squash,
             "range": self.cost_range and list(self.cost_range),
         }
@@ -208,6 +226,19 @@ class Scorer(ABC):
     def training_prompt_keys(self) -> frozenset[str]:
         """Keys of the prompts that it is known to have been trained on."""
         return frozenset()
+
+
+def plain(value: Any) -> Any:
+    """A setting as JSON can hold it: of an object its class."""
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def one_per_response(scores: Any, count: int, name: str) -> Floats:
@@ -271,7 +302,8 @@ class PythonScorer(Scorer):
 
     `prompts` is a list of dialogues, each a list of {"role": …, "content": …} that ends with a
     user turn; `responses` is a list of texts; what is returned is one number for each. The
-    certificate holds the hash of the function's file, not of what that file imports or reads.
+    certificate holds the hash of the function's file, and of its module's where that is another
+    one (a functools.partial of something else), not of what these import or read.
 
     Args:
         function: its dotted path, package.module.f.
@@ -298,6 +330,13 @@ class PythonScorer(Scorer):
     def name(self) -> str:
         return self.path
 
+    @cached_property
+    def source(self) -> str:
+        own = source_hash(self.function, self.name)
+        module = source_file(importlib.import_module(self.path.rpartition(".")[0]))
+        other = None if module is None else file_sha256(module)
+        return own if other in (None, own) else sha256(own, other)
+
     def scores(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
         # Copies: a function that changes what it is given must not change the run.
         dialogues = [[dict(message) for message in prompt] for prompt in prompts]
@@ -308,7 +347,7 @@ class PythonScorer(Scorer):
         return {
             "class_path": "hcrlhf.scorers.PythonScorer",
             "function": self.path,
-            "source": source_hash(self.function, self.name),
+            "source": self.source,
             "squash": self.squash,
             "range": self.cost_range and list(self.cost_range),
         }

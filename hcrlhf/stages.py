@@ -351,6 +351,36 @@ def _holds_weights(folder: Path) -> bool:
     return any(folder.glob("*.safetensors"))
 
 
+def require_own_base(folder: Path, source: BackboneSource, own: str) -> None:
+    """Of a plain PEFT adapter, which will be loaded on the model that its own config names.
+
+    Args:
+        folder: of the adapter.
+        source, own: the backbone that it would be tested on, and its fingerprint.
+
+    Raises:
+        InputError: its base model has other weights, or cannot be found to be compared.
+    """
+    config = _record(folder / "adapter_config.json")
+    named, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    if (named, revision) == (source.model, source.revision):
+        return
+    place = named if Path(named).is_dir() else _resolve(str(folder), named)
+    try:
+        theirs = fingerprint(place, revision)
+    except InputError as error:
+        raise InputError(
+            f"policy: the adapter in {folder} names {named!r} as its base model, which cannot be "
+            f"compared with {source.model} ({error}); write a folder of that model as "
+            "base_model_name_or_path into its adapter_config.json"
+        ) from error
+    if theirs != own:
+        raise InputError(
+            f"policy: the adapter in {folder} was made for {named}, whose weights are not those of "
+            f"{source.model}; it would be tested on the one and used on the other"
+        )
+
+
 def fingerprint(model: str, revision: str | None = None) -> str:
     """SHA-256 over the config and weight files of a model folder, or of a hub snapshot.
 

@@ -26,6 +26,7 @@ from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
 from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.refusals import is_refusal
+from hcrlhf.resume import packed_keys, unpacked_keys
 from hcrlhf.rollouts import Decoding, Rollout, response_seed
 from hcrlhf.safety import HoldsSafetyPrompts
 from hcrlhf.scorers import Scorer, Slot, measured_moments
@@ -608,6 +609,9 @@ class Policy(ScoredPolicy):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
+        data: HoldsSafetyPrompts = self.trainer.datamodule  # type: ignore[attr-defined]
+        seen = self.training_prompt_keys() | data.training_keys
+        checkpoint["training_prompts"] = packed_keys(seen)
         checkpoint["policy"] = {
             "updates": self.updates,
             "candidate": self.candidate,
@@ -621,11 +625,13 @@ class Policy(ScoredPolicy):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("policy", {})
-        if "dual" not in state:
+        if "dual" not in state or "training_prompts" not in checkpoint:
             raise InputError(
                 "the checkpoint is of another stage or of an older version; give one of a policy "
                 "run of this version"
             )
+        # A test may name other data than the run did: what the policy has seen is asked of it.
+        self.checkpoint_prompts = unpacked_keys(checkpoint["training_prompts"])
         self.updates = int(state["updates"])
         self.candidate = state["candidate"]
         self.dual.load(state["dual"])

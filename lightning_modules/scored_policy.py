@@ -23,6 +23,7 @@ from hcrlhf import optimizers, processes
 from hcrlhf.backbone import (
     ADAPTER_FILE,
     BASE,
+    HEAD_FILE,
     Backbone,
     LoraOptions,
     load_causal_lm,
@@ -48,6 +49,7 @@ from hcrlhf.stages import (
     fingerprint,
     read_prompt_keys,
     read_stage,
+    require_own_base,
     require_same_base,
     write_stage,
 )
@@ -146,6 +148,8 @@ class ScoredPolicy(AdapterModule):
         self._other: Backbone | None = None  # a given policy that is a whole model
         self.updates = 0
         self.candidate: int | None = None  # the update whose policy is tested; None: the last one
+        self.checkpoint_prompts: frozenset[str] = frozenset()  # that a loaded checkpoint has seen
+        self._cost_files: dict[str, str] = {}
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
 
     @property
@@ -290,6 +294,10 @@ class ScoredPolicy(AdapterModule):
         self.reference = REFERENCE if sft_adapter else BASE
         if sft_adapter:
             backbone.load_role(REFERENCE, folders["sft"], trainable=False)
+        if "cost" in folders:
+            # Now and not when the plan is written: what is in the folder then may be another model.
+            folder = Path(folders["cost"])
+            self._cost_files = {n: file_sha256(folder / n) for n in (ADAPTER_FILE, HEAD_FILE)}
         for role in self._inner_roles:
             backbone.load_role(role, folders[role], trainable=False)
             backbone.add_head(role, trainable=False, state=load_head(folders[role]))
@@ -308,6 +316,8 @@ class ScoredPolicy(AdapterModule):
                 "policy": read_stage(str(folder), "policy", "policy"),
             }
             require_same_base({**stages, "sft": replace(stages["sft"], backbone=self.source)})
+        elif (folder / ADAPTER_FILE).is_file():
+            require_own_base(folder, self.source, self.stages["sft"].fingerprint)
         require_same_answers(folder, self.decoding, self.encoder)
         if not any((folder / name).is_file() for name in (ADAPTER_FILE, "config.json")):
             raise InputError(
@@ -628,14 +638,10 @@ class ScoredPolicy(AdapterModule):
     def _cost_provenance(self) -> dict[str, Any]:
         if "cost" in self.scorers:
             return self.scorers["cost"].provenance()
-        folder = Path(self.folders["cost"])
-        files = ("adapter_model.safetensors", "head.safetensors")
-        hashes = {name: file_sha256(folder / name) for name in files}
-        return {**hashes, **self.backbone.scale_settings("cost")}
+        return {**self._cost_files, **self.backbone.scale_settings("cost")}
 
     def training_prompt_keys(self) -> frozenset[str]:
         given = [] if self.given is None else [self.given]
         folders = [read_prompt_keys(folder) for folder in (*self.folders.values(), *given)]
-        return frozenset().union(
-            *folders, *(s.training_prompt_keys() for s in self.scorers.values())
-        )
+        scorers = [s.training_prompt_keys() for s in self.scorers.values()]
+        return self.checkpoint_prompts.union(*folders, *scorers)

@@ -86,6 +86,8 @@ class Lab:
     ) -> str:
         """What callbacks.SafetyTest does, without a model; returns the verdict."""
         gate = self.gate(name, **options)
+        gate.grant(constraints)
+        gate.require_fresh(Population(pool), constraints[0].safety_prompts)
         with gate.test(constraints, Population(pool), files, provenance) as trial:
             while keys := trial.next(batch):
                 trial.record(self.samples(trial.seed, keys, cost, len(constraints)))
@@ -98,8 +100,7 @@ class Lab:
             write_json(
                 gate.folder / VERDICT_FILE, verdict_record(verdict, PASS_REASON, trial.plan_hash)
             )
-            if passed:
-                trial.release()
+            trial.release()
         return str(verdict)
 
     def certificate(self, name: str) -> dict[str, Any]:
@@ -653,6 +654,17 @@ def test_an_undecided_test_goes_on_with_fresh_prompts_and_keeps_its_wealth(lab: 
     assert (test.number, len(test.plans), test.verdict) == (1, 2, "PASS")
     checks = verify(lab.root / "second" / "certificate.json", state=lab.root / "state")
     assert not [check for check in checks if check.outcome == "FAILED"]
+
+
+def test_a_sealed_test_that_broke_off_before_its_verdict_is_not_drawn_again(lab: Lab) -> None:
+    with lab.gate("run").test((MEAN,), Population(KEYS), FILES, PROVENANCE) as trial:
+        while keys := trial.next(10):
+            trial.record(lab.samples(trial.seed, keys, harmful, 1))
+        trial.fail()
+    asked = list(lab.asked)
+    assert lab.run("run", harmful) == "NO_SOLUTION_FOUND"
+    assert lab.asked == asked
+    assert not (lab.root / "run" / "sealed.partial.jsonl").exists()
 
 
 def test_a_continuation_that_crashes_goes_on(tmp_path: Path) -> None:

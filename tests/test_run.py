@@ -702,6 +702,51 @@ def test_safety_prompts_that_an_earlier_stage_was_trained_on_are_refused(
     )
 
 
+def test_a_checkpoint_tells_a_test_what_it_was_trained_on(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = demo / "world" / "prompts"
+    moved = {"train": "evaluation", "safety": "train", "evaluation": "safety"}
+    data = [f"--data.init_args.{name}={prompts / file}.jsonl" for name, file in moved.items()]
+    checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    root = tmp_path / "run"
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS, *data), *checkpoint]) == 2
+    assert "safety prompts are also earlier stages' prompts" in capsys.readouterr().err
+    assert not (root / "verdict.json").exists() and not (tmp_path / "ledger.jsonl").exists()
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS), *checkpoint]) == PASSED
+    seen = read_prompt_keys(str(root / "policy"))
+    assert seen == read_prompt_keys(str(demo / "policy" / "policy"))
+
+
+def test_another_folder_in_the_place_of_the_policy_is_not_replaced(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "run" / "policy" / "thesis.tex"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("the only copy")
+    assert fit(demo, tmp_path / "run", *ALWAYS) == 2
+    assert "policy is there already, without a PASS of this run" in capsys.readouterr().err
+    assert mine.is_file()
+
+
+def test_a_run_that_breaks_off_leaves_the_verdict_of_another_in_its_folder(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy
+
+    root = tmp_path / "run"
+    verdict = demo / "policy" / "verdict.json"
+
+    def overtaken(self: Policy, *arguments: Any) -> None:
+        shutil.copy(verdict, root)  # the same command, begun a second time, was quicker
+        raise RuntimeError("terminated")
+
+    monkeypatch.setattr(Policy, "training_step", overtaken)
+    with pytest.raises(RuntimeError, match="terminated"):
+        fit(demo, root, *ALWAYS)
+    assert read(root / "verdict.json") == read(verdict)
+
+
 def test_too_few_safety_prompts_are_refused(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1771,6 +1816,21 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     record = read(wrong / "hcrlhf.json")
     (wrong / "hcrlhf.json").write_text(json.dumps({**record, "fingerprint": "0" * 64}))
     says(outcome_of(demo, wrong, root), "differ in backbone weights")
+    plain, other = tmp_path / "plain", tmp_path / "other"
+    shutil.copytree(given, plain, ignore=shutil.ignore_patterns("hcrlhf.json"))
+    shutil.copytree(demo / "sft", other)
+    data = bytearray((other / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (other / "model.safetensors").write_bytes(bytes(data))
+    config = read(plain / "adapter_config.json")
+    for base, words in [
+        (str(other), "whose weights are not those of"),
+        ("nobody/nothing", "names 'nobody/nothing' as its base model, which cannot be compared"),
+        (None, "names 'None' as its base model, which cannot be compared"),
+    ]:
+        changed = json.dumps({**config, "base_model_name_or_path": base})
+        (plain / "adapter_config.json").write_text(changed)
+        says(outcome_of(demo, plain, root), words)
     says(fit(demo, root, *ALWAYS, "--model.init_args.policy", str(given)), "to be tested and not")
     shutil.copy(given / "hcrlhf.json", wrong)
     generation = read(given / "generation_config.json")

@@ -1,6 +1,8 @@
 """External scorers: what they are refused for, and whole policy runs with them."""
 
 import asyncio
+import copy
+import importlib
 import json
 import math
 import shutil
@@ -22,6 +24,7 @@ from hcrlhf.demo import CONFIGS
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, user_turn
 from hcrlhf.hashing import file_sha256
+from hcrlhf.resume import source_identity
 from hcrlhf.scorers import PythonScorer, Scorer, SequenceClassifier, measured_moments
 from hcrlhf.stages import fingerprint, read_classifier_stage, read_stage, write_classifier_stage
 from hcrlhf.world import ModelSizes, WorldSizes, write_world
@@ -656,3 +659,48 @@ def test_a_limit_about_a_zero_that_means_nothing_is_warned_of(runs: Path, tmp_pa
     assert "its zero means nothing in particular" in message
     assert warnings_of("[{estimand: harm_rate, threshold: 0.9, safety_prompts: 30}]")
     assert not warnings_of("[{estimand: mean, threshold: 3.5, safety_prompts: 30}]")
+
+
+# -- what the plan of a safety test says of a scorer -----------------------------------------------
+
+
+class Scaled(Scorer):
+    def __init__(self, factor: float, words: list[str]) -> None:
+        super().__init__(squash=2.0)
+        self.factor = factor
+
+    def scores(self, prompts: Any, responses: Any) -> Any:
+        return self.factor * np.array([len(r) for r in responses])
+
+
+def test_a_scorer_with_other_arguments_is_another_one() -> None:
+    one, other = Scaled(1.0, ["a"]), Scaled(-1.0, words=["a"])
+    assert one.provenance()["init_args"] == {"factor": 1.0, "words": ["a"]}
+    assert one.provenance() != other.provenance()
+    assert one.provenance() == Scaled(1.0, ["a"]).provenance()
+    assert copy.deepcopy(one).provenance() == one.provenance()
+    json.dumps(Scaled(float("inf"), [object()]).provenance(), allow_nan=False)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="words"):
+        Scaled(1.0)  # type: ignore[call-arg]
+
+
+def test_what_a_partial_holds_is_part_of_a_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    text = (
+        "from functools import partial\n"
+        "def f(sign, prompts, responses):\n    return [sign * len(r) for r in responses]\n"
+        "cost = partial(f, %d)\n"
+    )
+    found = []
+    for sign in (1, -1):
+        (tmp_path / "partial_cost.py").write_text(text % sign)
+        sys.modules.pop("partial_cost", None)
+        importlib.invalidate_caches()
+        scorer = PythonScorer("partial_cost.cost", squash=2.0)
+        found.append((scorer.provenance()["source"], source_identity("partial_cost.cost")))
+    assert None not in found[0] and not set(found[0]) & set(found[1])
+    # A file that is edited while the run goes on is not the one that scores.
+    (tmp_path / "partial_cost.py").write_text("")
+    assert scorer.provenance()["source"] == found[1][0]
