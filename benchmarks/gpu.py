@@ -45,7 +45,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from hcrlhf import optimizers
+from hcrlhf import machine, optimizers
 from hcrlhf.backbone import Backbone, LoraOptions
 from hcrlhf.doctor import ALLOWANCE
 from hcrlhf.footprint import Footprint, Sizes, footprint
@@ -320,16 +320,17 @@ class Bench:
             found = {"score": score, **found}
         return {"rollout": rollout, **found, "test": test} if sizes.rollout_rows else found
 
-    def measured(self, stage: str, within: float | None = None) -> dict[str, Any]:
+    def measured(self, stage: str) -> dict[str, Any]:
         """A stage's update, after a short one that warms kernels and makes optimizer states."""
         sizes, meter = STAGES[stage], Meter(self.device)
         if stage in WITHOUT_ROLLOUT:
             sizes = replace(sizes, rollout_rows=0)
         work = self.passes(sizes)
-        if stage != LIMITED or within is not None:
+        if stage != LIMITED:
             work.pop("test", None)  # the same everywhere, and slow
         for length in (WARM, RESPONSE):
             for name, run in work.items():
+                release(self.device)  # what a phase reserves is its own
                 meter.run(name, partial(run, length))
         seconds, rows = meter.seconds, sizes.rows
         seconds["update"] /= passes_of(sizes)
@@ -380,6 +381,8 @@ def rates(device: torch.device) -> dict[str, float]:
 
 def measure(models: list[str], limits: list[float], device: torch.device, folder: Path) -> None:
     """Every stage of every model, and LIMITED once more within each limit in GiB."""
+    machine.choose_attention()
+    folder.mkdir(parents=True, exist_ok=True)
     card = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower())}.json"
     found: dict[str, Any] = {"card": card, **versions(device), "rates": rates(device), "rows": []}
@@ -398,7 +401,7 @@ def measure(models: list[str], limits: list[float], device: torch.device, folder
             try:
                 limit(memory, device)
                 bench = bench or Bench(model, device)
-                row |= bench.measured(stage, memory)
+                row |= bench.measured(stage)
             except Exception as error:  # what the others have found stays
                 row["error"] = traceback.format_exception_only(error)[-1].strip()
                 traceback.print_exc()

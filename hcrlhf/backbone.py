@@ -599,7 +599,7 @@ def _unpacked_product(layer: Any) -> Callable[[Tensor], Tensor]:
     bias = None if layer.bias is None else layer.bias.to(dtype)
 
     def product(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):  # it does not reach theirs either
+        with torch.autocast(x.device.type, enabled=False):  # the dtype is the layer's
             return nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
 
     return product

@@ -30,8 +30,9 @@ from hcrlhf.errors import InputError
 from hcrlhf.rollouts import draw
 
 BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, scales per scale
-# Of the optimizer, per trained weight; the driver may move paged states off the card.
-STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 0.0}
+# Of the optimizer, per trained weight. Paged states may leave the card, but bitsandbytes pages only
+# those of 100,000 weights and more, which no LoRA matrix of rank 8 has in a model of 3B.
+STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
 FEW, MANY = 3, 6  # layers from which a deep model is foretold
 STEPS = ("first token", "last token")  # of a rollout
 Device = Literal["cuda", "cpu"]

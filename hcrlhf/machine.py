@@ -17,6 +17,16 @@ from hcrlhf.stages import BackboneSource
 from hcrlhf.text import one_line
 
 
+def choose_attention() -> None:
+    """Takes cuDNN out of the attention kernels that PyTorch may choose from; on CUDA alone it acts.
+
+    It plans anew for every length of the keys, and every token of a response has another one: tens
+    of milliseconds each, of the host. It has also given NaN gradients and wrong tokens with masks
+    and grouped keys (pytorch#196678, #193893). Flash and memory-efficient attention remain.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def require(
     source: BackboneSource, lora: LoraOptions | None, optimizer: Name, device: torch.device
 ) -> None:

@@ -2,8 +2,8 @@
 
 Every response draws its randomness from its own seed, a hash of what it is (run, purpose, prompt,
 index). So a response depends neither on the other rows of its batch nor on what was sampled
-before, a resumed run samples what the unbroken one would have, and no generator state has to be
-saved.
+before (but for rounding: kernels differ with the number of rows), a resumed run samples what the
+unbroken one would have, and no generator state has to be saved.
 """
 
 from __future__ import annotations
@@ -197,6 +197,11 @@ def sample(
                 use_cache=True,
             )
             logits = backbone.output_layer(output.logits[:, -1]).float() / decoding.temperature
+            if t == 0 and bool(logits.isnan().any()):  # once a rollout: asking waits for the device
+                raise FloatingPointError(
+                    "the policy gives no probabilities (NaN) for the first token of a response; "
+                    "nothing is drawn from that"
+                )
             chosen = draw(logits, randomness[rows, t])
             position = position[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -104,6 +104,7 @@ class StageModule(LightningModule):
                 f"precision {self.trainer.precision} would cast the adapters and heads; "
                 "use 32-true or bf16-mixed"
             )
+        machine.choose_attention()
 
     def read_own_stage(
         self, command: str, role: Role, read: Callable[[str, Role, str], Any] = read_stage
@@ -267,9 +268,7 @@ class AdapterModule(StageModule):
         groups = tokens.by_length(self.group_size)
         again = self._group_at_a_time and torch.is_grad_enabled()
         parts: list[Tensor] = [
-            checkpoint(forward, tokens.rows(rows), use_reentrant=False)
-            if again
-            else forward(tokens.rows(rows))
+            _recomputed(forward, tokens.rows(rows)) if again else forward(tokens.rows(rows))
             for rows in groups
         ]
         return torch.cat(parts)[torch.cat(groups).argsort()]
@@ -361,6 +360,19 @@ class AdapterModule(StageModule):
         self, state_dict: dict[str, Tensor], strict: bool = True, assign: bool = False
     ) -> None:
         self.backbone.load_trained_state(dict(state_dict))
+
+
+def _recomputed(forward: Callable[[Tokens], Tensor], part: Tokens) -> Tensor:
+    """forward(part), whose activations are found once more in the backward pass.
+
+    `checkpoint` keeps the random state of the devices of the tensors that it is given, and does not
+    look into `Tokens`: without one of them dropout on CUDA would fall otherwise the second time.
+    """
+
+    def run(_: Tensor, again: Tokens) -> Tensor:
+        return forward(again)
+
+    return cast(Tensor, checkpoint(run, part.input_ids, part, use_reentrant=False))
 
 
 def add_trained_role(

@@ -29,10 +29,10 @@ def test_every_stage_is_measured_and_an_error_costs_one_row(
 ) -> None:
     honest = gpu.Bench.measured
 
-    def unlucky(self: gpu.Bench, stage: str, within: float | None) -> dict[str, object]:
+    def unlucky(self: gpu.Bench, stage: str) -> dict[str, object]:
         if stage == "RLOO":
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return honest(self, stage, within)
+        return honest(self, stage)
 
     with monkeypatch.context() as patch:
         patch.setattr(gpu.Bench, "measured", unlucky)

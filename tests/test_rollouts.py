@@ -390,6 +390,18 @@ def test_sampling_restores_the_training_mode_after_an_error(backbone: Backbone) 
     assert all(module.training for module in backbone.modules())
 
 
+def test_nothing_is_drawn_from_probabilities_that_are_no_numbers(
+    backbone: Backbone,
+) -> None:
+    layer: Any = backbone.output_layer
+    hook = layer.register_forward_hook(lambda module, given, logits: logits * math.nan)
+    try:
+        with pytest.raises(FloatingPointError, match="no probabilities"):
+            sample(backbone, prompts(), SEEDS, PLAIN, LIMIT, STOPS, PAD)
+    finally:
+        hook.remove()
+
+
 # -- decoding --------------------------------------------------------------------------------------
 
 
