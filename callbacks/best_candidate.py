@@ -39,7 +39,8 @@ class BestCandidate(Callback):
     Args:
         every_n_updates: updates between two looks; there is one more after the last update.
         start: share of the run before the first look, in [0, 1].
-        batch_size: validation prompts per forward pass.
+        batch_size: validation prompts that are answered together, at most (the module may split
+            them).
 
     Raises:
         InputError: the module is no policy.

@@ -43,7 +43,8 @@ class SafetyTest(Callback):
     the test has run to its end.
 
     Args:
-        batch_size: safety prompts per forward pass.
+        batch_size: safety prompts that are answered together, at most (the module may split them);
+            in a sequential test also how many lie between two looks.
         sequential: look after every batch, and stop as soon as every constraint has decided;
             `safety_prompts` is then the largest number of prompts.
         ledger: file of the claim's ledger; None takes ledger.jsonl beside the run's folder, so

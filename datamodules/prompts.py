@@ -1,4 +1,4 @@
-"""Prompts for the policy stage: training, validation, safety and evaluation, all disjoint."""
+"""Prompts for the policy stage: training, validation, safety (in no other one) and evaluation."""
 
 from __future__ import annotations
 

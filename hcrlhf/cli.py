@@ -144,7 +144,7 @@ def _export(arguments: list[str]) -> int:
         "hcrlhf export", description="Merge a released adapter into its base model."
     )
     parser.add_argument("policy", type=Path, help="folder of a released policy, runs/x/policy")
-    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("folder", type=Path, help="a new or empty folder")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     options = parser.parse_args(arguments)
     quiet_loading()
@@ -162,7 +162,7 @@ def _doctor(arguments: list[str]) -> int:
 
 def _world(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser("hcrlhf world", description="Write the embedded world.")
-    parser.add_argument("folder", type=Path, help="a folder that does not exist yet")
+    parser.add_argument("folder", type=Path, help="a new or empty folder")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     from hcrlhf.hashing import require_empty

@@ -149,7 +149,7 @@ def main(arguments: Sequence[str]) -> None:
         nargs="+",
         help="files or hub ids (OWNER/NAME[/FOLDER][@REVISION]) to draw prompts from",
     )
-    parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
+    parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--also", nargs="+", default=[], help="further data of some stage")
     parser.add_argument("--safety", type=int, default=1000, help="prompts of the safety file")
     parser.add_argument("--validation", type=int, default=400)

@@ -1,6 +1,7 @@
 """The files beside the weights by which a released policy answers as it was tested.
 
-Whoever loads a policy folder with transformers takes tokenizer, chat template and decoding from it;
+Whoever loads a policy folder with transformers takes tokenizer and chat template from it, and of a
+whole model the decoding (an adapter's is read by GenerationConfig.from_pretrained(folder));
 other ones there would make another policy of the same weights.
 """
 

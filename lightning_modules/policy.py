@@ -77,7 +77,7 @@ class Policy(ScoredPolicy):
         policy: a finished policy that is tested in place of one that is trained here (`hcrlhf test
             --policy FOLDER`): an adapter for the same backbone, or a whole model.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
-            `AdapterModule`.
+            `StageModule`.
     """
 
     def __init__(

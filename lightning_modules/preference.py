@@ -31,7 +31,7 @@ class Preference(PairModule, AdapterModule):
             less of it is padding; None takes a whole batch.
         quantization, dtype: of the backbone; None takes those of the supervised stage.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
-            `AdapterModule`.
+            `StageModule`.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class Supervised(AdapterModule):
         revision: of a hub id: a commit, so that it stays the same; None takes its main branch.
             Later stages compare the weights themselves, by their hash.
         learning_rate, weight_decay, schedule, warmup, gradient_checkpointing, optimizer:
-            `AdapterModule`.
+            `StageModule`.
     """
 
     def __init__(
