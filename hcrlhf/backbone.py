@@ -370,7 +370,7 @@ class Backbone(nn.Module):
 
     @contextmanager
     def inference(self) -> Iterator[None]:
-        """Evaluation mode without gradients, and back. Mixed adapters and a KV cache need it."""
+        """Evaluation mode without gradients, and back. Several roles and a KV cache need it."""
         training = self.training
         self.eval()
         try:
@@ -381,7 +381,7 @@ class Backbone(nn.Module):
 
     # -- forward -------------------------------------------------------------------------------
 
-    def hidden(self, tokens: Tokens, **options: Any) -> Tensor:
+    def hidden(self, tokens: Tokens) -> Tensor:
         """Last hidden states (B, P + T, H) of the active role; what padding holds has no meaning.
 
         The model reads every sequence from its first column on. So positions count from the first
@@ -392,7 +392,7 @@ class Backbone(nn.Module):
         columns = torch.arange(tokens.input_ids.shape[1], device=start.device)
         width = int(tokens.lengths.max())
         moved = tokens.input_ids.gather(1, (start + columns[:width]).clamp(max=columns[-1]))
-        output = self.model(input_ids=moved, use_cache=False, **options)
+        output = self.model(input_ids=moved, use_cache=False)
         states = cast(Tensor, output.logits)
         back = (columns - start).clamp(0, width - 1)
         return states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
@@ -447,10 +447,11 @@ class Backbone(nn.Module):
     def hidden_of_roles(self, tokens: Tokens, roles: Sequence[str]) -> list[Tensor]:
         """Hidden states (B, P + T, H) of several frozen roles, in one forward pass of R·B rows.
 
-        Only inside `inference()`: PEFT mixes adapters within a batch in evaluation mode alone.
+        Only inside `inference()`.
         """
         if not self.roles:
             return [self.hidden(tokens) for _ in roles]
+        self._require_evaluation()
         copies = len(roles)
         stacked = Tokens(
             tokens.input_ids.repeat(copies, 1),
@@ -458,23 +459,44 @@ class Backbone(nn.Module):
             tokens.prompt_length,
             tokens.truncated.repeat(copies),
         )
-        names = [role for role in roles for _ in range(len(tokens))]
-        try:
-            return list(self.hidden(stacked, adapter_names=names).chunk(copies))
-        except BaseException:
-            self._forget_mixed_adapters()
-            raise
+        with self._adapters_by_block(roles):
+            return list(self.hidden(stacked).chunk(copies))
 
-    def _forget_mixed_adapters(self) -> None:
-        """Takes out what PEFT leaves in its layers when a pass of several adapters fails.
+    @contextmanager
+    def _adapters_by_block(self, roles: Sequence[str]) -> Iterator[None]:
+        """Rows in equal blocks, one per role: to W x of a block its role's (α / r) B A x is added.
 
-        The next pass would find the adapters of these rows, and use them where it has as many.
+        PEFT would mix adapters too, but by the numbers of their rows: lists that every layer sends
+        to the device a dozen times, and that stay in its layers when a pass fails.
         """
-        for module in self.model.modules():
-            for key, hook in list(module._forward_pre_hooks.items()):
-                if "adapter_names" in getattr(hook, "keywords", {}):
-                    del module._forward_pre_hooks[key]
-                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+        from peft.tuners.lora import LoraLayer
+
+        def add(layer: Any, given: tuple[Tensor, ...], output: Tensor) -> None:
+            blocks = (given[0].chunk(len(roles)), output.chunk(len(roles)))
+            for role, x, y in zip(roles, *blocks, strict=True):
+                if role in layer.lora_A:
+                    x = x if torch.is_autocast_enabled(x.device.type) else x.float()
+                    y += layer.lora_B[role](layer.lora_A[role](x)) * layer.scaling[role]
+
+        trained = {id(p) for p in self.parameters() if p.requires_grad}
+        hooks: list[Any] = []
+        try:
+            with self.role(BASE):
+                for layer in self.model.modules():
+                    if isinstance(layer, LoraLayer):
+                        hooks.append(cast(nn.Module, layer).register_forward_hook(add))
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for parameter in self.parameters():  # as in `merged`
+                parameter.requires_grad_(id(parameter) in trained)
+
+    def _require_evaluation(self) -> None:
+        if self.training:
+            raise ValueError(
+                "several roles are read in evaluation mode alone, not in training mode"
+            )
 
     def read(
         self, parts: Sequence[Tokens], readers: Mapping[str, Callable[[Tensor, Tokens], Tensor]]
@@ -492,10 +514,7 @@ class Backbone(nn.Module):
                 for (role, reader), hidden in zip(readers.items(), states, strict=True):
                     found[role].append(reader(hidden, part))
             return found
-        if self.training:
-            raise ValueError(
-                "several roles are read in evaluation mode alone, not in training mode"
-            )
+        self._require_evaluation()
         found = {}
         for role, reader in readers.items():
             with self.merged(role):
