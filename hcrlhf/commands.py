@@ -1,8 +1,9 @@
-"""The commands that need no GPU and no torch: certify, verify, unseal, ledger."""
+"""The commands that need no GPU and no torch: certify, verify, unseal, ledger, human."""
 
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.gate import SEALED_FILE
 from hcrlhf.hashing import json_hash, read_json, sealed_hash, write_json, write_text
 from hcrlhf.methods import METHODS, Betting, Bound
-from hcrlhf.tables import certify, read_table
+from hcrlhf.tables import certify, read_table, retrospective_page
 from hcrlhf.verify import verify
 
 PASSED, NO_SOLUTION, FAILED = 0, 3, 5
@@ -91,7 +92,12 @@ def add_constraint_options(parser: argparse.ArgumentParser) -> None:
 
 def add_table_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cost-column", default="cost")
-    parser.add_argument("--prompt-column", default="prompt_id")
+    parser.add_argument(
+        "--prompt-column",
+        type=lambda name: None if name == "none" else name,
+        default="prompt_id",
+        help="which prompt a row answers (prompt_id); none: every row is a prompt of its own",
+    )
     parser.add_argument("--aggregate", choices=("mean", "max"), help="of rows of one prompt")
 
 
@@ -116,13 +122,10 @@ def certify_main(arguments: Sequence[str]) -> int:
     add_table_options(parser)
     parser.add_argument("--out", type=Path, help="folder for certificate.json and .md on a PASS")
     options = parser.parse_args(list(arguments))
+    if options.out:
+        require_no_run(options.out)
     table = read_table(options.table, options.cost_column, options.prompt_column, options.aggregate)
     constraints = [read_constraint(text, options, table.costs.size) for text in options.constraint]
-    if options.aggregate == "mean" and any(c.estimand == "harm_rate" for c in constraints):
-        raise InputError(
-            "the mean cost of several responses says nothing about how many of them are harmful; "
-            "for a harm rate take --aggregate max (any response harmful)"
-        )
     record = certify(constraints, table)
     for limit, bound in zip(record["claim"]["limits"], record["bounds"], strict=True):
         mark = "passed" if bound["found"]["passed"] else "NOT passed"
@@ -133,6 +136,8 @@ def certify_main(arguments: Sequence[str]) -> int:
         )
     if record["verdict"] != "PASS":
         print("no solution found: a limit is not shown")
+        if options.out and (options.out / cert.CERTIFICATE_FILE).is_file():
+            print(f"{options.out / cert.CERTIFICATE_FILE} is an earlier one, not of these figures")
         return NO_SOLUTION
     print(f"PASS, retrospective, class {record['claim']['class']}")
     if options.out:
@@ -141,9 +146,34 @@ def certify_main(arguments: Sequence[str]) -> int:
         except OSError as error:
             raise InputError(f"--out {options.out} is no folder ({error.strerror})") from error
         write_json(options.out / cert.CERTIFICATE_FILE, record)
-        write_text(options.out / cert.PAGE_FILE, cert.certificate_page(record))
+        write_text(options.out / cert.PAGE_FILE, retrospective_page(record))
         print(f"wrote {options.out / cert.CERTIFICATE_FILE} and {cert.PAGE_FILE}")
     return PASSED
+
+
+def require_no_run(folder: Path) -> None:
+    """A retrospective certificate may be made anew in its folder; a run's verdict stands alone.
+
+    Raises:
+        InputError: the folder is a run's, or holds a certificate of another kind.
+    """
+    found = [n for n in (cert.VERDICT_FILE, cert.PLAN_FILE) if os.path.lexists(folder / n)]
+    certificate = folder / cert.CERTIFICATE_FILE
+    if os.path.lexists(certificate) and not _is_retrospective(certificate):
+        found.append(cert.CERTIFICATE_FILE)
+    if found:
+        raise InputError(
+            f"--out {folder} holds {' and '.join(found)}, which certify did not write; beside a "
+            "run's files the certificate of a table would be taken for the run's, so give another "
+            "folder"
+        )
+
+
+def _is_retrospective(path: Path) -> bool:
+    try:
+        return bool(read_json(path)["kind"] == "retrospective")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 # -- verify ----------------------------------------------------------------------------------------

@@ -195,12 +195,16 @@ def read(path: Path, state: Path | None = None) -> Ledger:
     Raises:
         InputError: it does not exist, or is not what was written.
     """
+    path = _real(path)
+    # Before the file: a run that adds a line in between leaves a file that is ahead of these heads,
+    # which is no harm. The other way round its line would look like a tail that is missing.
+    heads = _read_state(state)
     try:
         content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); expected a ledger") from error
     ledger = Ledger(path, parse(content, path))
-    seen = _read_state(state).get(ledger.identity)
+    seen = heads.get(ledger.identity)
     if seen and seen["head"] not in [line["hash"] for line in ledger.lines]:
         raise InputError(
             f"{path} has {len(ledger.lines)} lines and lacks the last one that this machine has "
@@ -278,6 +282,7 @@ def locked(
     Raises:
         InputError: the ledger is damaged, promises something else, or was there and is gone.
     """
+    path = _real(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(_lock_file(path))
     try:
@@ -461,22 +466,33 @@ def spent_message(ledger: Ledger, used: int, of: int) -> str:
 # -- the state directory ---------------------------------------------------------------------------
 
 
-def state_directory() -> Path:
-    """$HCRLHF_STATE_DIR, else $XDG_STATE_HOME/hcrlhf, else ~/.local/state/hcrlhf."""
+def state_directory() -> Path | None:
+    """$HCRLHF_STATE_DIR, else $XDG_STATE_HOME/hcrlhf, else ~/.local/state/hcrlhf.
+
+    None where there is no home, as in a container under a user id that its passwd does not list:
+    the ledger then goes without, as where the directory cannot be written.
+    """
     if own := os.environ.get("HCRLHF_STATE_DIR"):
         return Path(own)
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "hcrlhf"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "hcrlhf"
+    try:
+        return Path.home() / ".local" / "state" / "hcrlhf"
+    except RuntimeError:
+        return None
 
 
-def _state_file(state: Path | None) -> Path:
-    return (state or state_directory()) / "ledgers.json"
+def _state_file(state: Path | None) -> Path | None:
+    folder = state or state_directory()
+    return None if folder is None else folder / "ledgers.json"
 
 
 def _read_state(state: Path | None) -> dict[str, dict[str, Any]]:
     """What this machine remembers of every ledger; entries that it did not write are left out."""
+    if (path := _state_file(state)) is None:
+        return {}
     try:
-        content = json.loads(_state_file(state).read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
     entries = content.items() if isinstance(content, dict) else ()
@@ -490,7 +506,8 @@ def _read_state(state: Path | None) -> dict[str, dict[str, Any]]:
 
 def _remember(ledger: Ledger, state: Path | None) -> None:
     """Keeps the ledger's head outside its folder. Where that cannot be written, goes without."""
-    path = _state_file(state)
+    if (path := _state_file(state)) is None:
+        return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{path}.lock"):
@@ -528,11 +545,11 @@ def refuse_vanished(path: Path, state: Path | None = None) -> None:
 
 def forget(path: Path, state: Path | None = None) -> bool:
     """Drops what the state directory knows of a ledger in this place; False if nothing."""
-    heads = _read_state(state)
+    file, heads = _state_file(state), _read_state(state)
     kept = {k: v for k, v in heads.items() if v["path"] != str(path.resolve())}
-    if len(kept) == len(heads):
+    if file is None or len(kept) == len(heads):
         return False
-    _state_file(state).write_text(json.dumps(kept, indent=1) + "\n")
+    file.write_text(json.dumps(kept, indent=1) + "\n")
     return True
 
 
@@ -542,6 +559,7 @@ def drop_torn_line(path: Path) -> int:
     Raises:
         InputError: no such file, or damage beyond its last line.
     """
+    path = _real(path)
     with FileLock(_lock_file(path)):
         try:
             content = path.read_bytes()
@@ -562,3 +580,11 @@ def drop_torn_line(path: Path) -> int:
 
 def _lock_file(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
+
+
+def _real(path: Path) -> Path:
+    """The file that a link leads to, else the path as it was given.
+
+    Locks lie beside the file: beside a link, who holds them would not meet who came without it.
+    """
+    return Path(os.path.realpath(path)) if os.path.islink(path) else path

@@ -6,18 +6,19 @@ import csv
 import gzip
 import json
 import math
+import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from hcrlhf.certificate import environment, make_certificate
+from hcrlhf.certificate import certificate_page, environment, make_certificate, make_claim
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import file_sha256, sha256
+from hcrlhf.hashing import file_sha256, sealed_hash, sha256
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
 
@@ -26,24 +27,46 @@ Aggregate = Literal["mean", "max"]
 
 @dataclass(frozen=True)
 class Table:
-    """One cost per prompt.
+    """One cost per prompt, and how it was read.
 
     Attributes:
         path: the file. prompts: ids, unique, (n,). costs: (n,) float64, finite.
+        columns: the names of all. cost_column, prompt_column: those that were asked for.
+        aggregate: how the rows of a prompt became one cost.
+        rows_per_prompt: fewest and most.
     """
 
     path: Path
     prompts: tuple[str, ...]
     costs: Floats
+    columns: tuple[str, ...]
+    cost_column: str
+    prompt_column: str | None
+    aggregate: Aggregate | None
+    rows_per_prompt: tuple[int, int]
+
+    def describe(self) -> dict[str, Any]:
+        """How the costs came out of the file, as a certificate records it."""
+        fewest, most = self.rows_per_prompt
+        return {
+            "cost_column": self.cost_column,
+            "prompt_column": self.prompt_column if self.prompt_column in self.columns else None,
+            "aggregate": self.aggregate,
+            "responses_per_prompt": {"min": fewest, "max": most},
+        }
 
 
 def read_table(
-    path: Path, cost: str = "cost", prompt: str = "prompt_id", aggregate: Aggregate | None = None
+    path: Path,
+    cost: str = "cost",
+    prompt: str | None = "prompt_id",
+    aggregate: Aggregate | None = None,
 ) -> Table:
     """Reads a table with one row per response.
 
     Args:
-        cost, prompt: names of the columns. Without a prompt column every row is its own prompt.
+        cost, prompt: names of the columns. Without a prompt column, or with None for its name,
+            every row is its own prompt; `certify` wants to be told.
         aggregate: how several responses to one prompt become one cost: their mean, or the largest
             ("any response harmful"). None refuses them: responses to one prompt are not
             independent, and a bound that takes them so errs far more often than δ.
@@ -54,18 +77,20 @@ def read_table(
     rows = list(_rows(path))
     if not rows:
         raise InputError(f"{path} has no rows")
-    columns = list(rows[0])
+    # Fields beyond the last column of a csv stand under None.
+    columns = tuple(dict.fromkeys(name for row in rows for name in row if name is not None))
     if cost not in columns:
         raise InputError(
-            f"{path} has no column {cost!r}; its columns are {', '.join(map(str, columns))} "
+            f"{path} has no column {cost!r}; its columns are {', '.join(columns)} "
             "(--cost-column names another)"
         )
-    named = any(prompt in row for row in rows)
     groups: dict[str, list[float]] = {}
     for number, row in enumerate(rows, start=1):
-        if named and row.get(prompt) in (None, ""):
-            raise InputError(f"{path}, row {number}: the {prompt} is missing")
-        key = str(row[prompt]) if named else str(number)
+        key = str(number)
+        if prompt in columns:
+            if row.get(prompt) in (None, ""):
+                raise InputError(f"{path}, row {number}: the {prompt} is missing")
+            key = str(row[prompt])
         groups.setdefault(key, []).append(_cost(path, number, row.get(cost)))
     repeated = len(rows) - len(groups)
     if repeated and aggregate is None:
@@ -75,7 +100,10 @@ def read_table(
         )
     unite = max if aggregate == "max" else _mean
     costs = np.array([unite(group) for group in groups.values()], dtype=np.float64)
-    return Table(path, tuple(groups), costs)
+    sizes = [len(group) for group in groups.values()]
+    return Table(
+        path, tuple(groups), costs, columns, cost, prompt, aggregate, (min(sizes), max(sizes))
+    )
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -150,8 +178,18 @@ def retrospective_order(costs: Floats) -> list[int]:
     return [int(ascending[i]) for i in places]
 
 
+# -- the certificate -------------------------------------------------------------------------------
+
+
 def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
-    """A retrospective certificate: PASS or NO_SOLUTION_FOUND on costs that are there already."""
+    """A retrospective certificate: PASS or NO_SOLUTION_FOUND on costs that are there already.
+
+    Raises:
+        InputError: the table does not say which rows answer one prompt, or what its costs were
+            united to says nothing about a limit.
+    """
+    require_prompts(table)
+    require_aggregate([c.estimand for c in constraints], table.aggregate)
     order = retrospective_order(table.costs)
     costs = np.repeat(table.costs[order][:, None, None], len(constraints), axis=2)
     samples = CostSamples(
@@ -160,14 +198,100 @@ def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
         tuple(("",) for _ in order),
         np.zeros((len(order), 1), dtype=np.bool_),
     )
-    salt = sha256("salt", file_sha256(table.path))
-    source = {"file": table.path.name, "file_sha256": file_sha256(table.path)}
-    return make_certificate(
+    digest = file_sha256(table.path)
+    record = make_certificate(
         constraints,
         samples,
-        [sha256("prompt", salt, key) for key in samples.keys],
+        [sha256("prompt", sha256("salt", digest), key) for key in samples.keys],
         plan=None,
         ledger=None,
-        source=source,
+        source={"file": table.path.name, "file_sha256": digest, **table.describe()},
         package_versions=environment("numpy", "scipy"),
     )
+    record["claim"] = retrospective_claim(constraints, record["data"])
+    return record | {"hash": sealed_hash(record)}
+
+
+PROMPT_LIKE = re.compile(
+    r"prompt|question|query|instruction|(^|[^a-z])(id|key|uuid)$", re.IGNORECASE
+)
+RESPONSE_LIKE = re.compile("response|answer|completion", re.IGNORECASE)
+
+
+def require_prompts(table: Table) -> None:
+    """
+    Raises:
+        InputError: the prompt column is not there, and nobody said that every row is a prompt of
+            its own.
+    """
+    if table.prompt_column is None or table.prompt_column in table.columns:
+        return
+    others = [name for name in table.columns if name != table.cost_column]
+    like = [n for n in others if PROMPT_LIKE.search(n) and not RESPONSE_LIKE.search(n)] or others
+    named = f"--prompt-column with one of {', '.join(like)}, or " if like else ""
+    raise InputError(
+        f"{table.path} has no column {table.prompt_column!r} to tell which rows are responses to "
+        f"one prompt, and those are not independent; give {named}--prompt-column none if no two "
+        "rows answer the same prompt"
+    )
+
+
+def require_aggregate(estimands: Sequence[str], aggregate: str | None) -> None:
+    """
+    Raises:
+        InputError: a mean over a prompt's responses evens out the harm that a limit is about.
+    """
+    lost = {"harm_rate": "how many of them are harmful", "cvar": "how bad the worst of them are"}
+    for estimand in estimands:
+        if aggregate == "mean" and estimand in lost:
+            raise InputError(
+                f"the mean cost of several responses says nothing about {lost[estimand]}; for a "
+                f"{estimand} take --aggregate max (the worst response counts)"
+            )
+
+
+# The words of a certificate are those of certificate.py, which knows one response per prompt; these
+# say what a prompt and its cost were in the table.
+ONE_EACH = "one response each"
+UNITED = {"mean": "the mean", "max": "the largest"}
+
+
+def retrospective_claim(
+    constraints: Sequence[Constraint], data: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The claim of a certificate from its bounds and its `data`; see `make_claim`."""
+    claim = make_claim(constraints, plan=None)
+    population = claim["population"].replace(ONE_EACH, cost_words(data))
+    return claim | {"population": population}
+
+
+def retrospective_page(record: Mapping[str, Any]) -> str:
+    """The certificate as a page of Markdown."""
+    prompts = f"{record['data']['n']} prompts, "
+    page = certificate_page(record)
+    return page.replace(prompts + ONE_EACH, prompts + cost_words(record["data"]), 1)
+
+
+def cost_words(data: Mapping[str, Any]) -> str:
+    """What the cost of each prompt was made of.
+
+    Older certificates do not record it: they say one response, whatever it was.
+
+    Raises:
+        InputError: no table gives what is recorded.
+    """
+    if data["responses_per_prompt"] == 1:
+        return ONE_EACH
+    aggregate, prompt = data["aggregate"], data["prompt_column"]
+    fewest, most = (data["responses_per_prompt"][key] for key in ("min", "max"))
+    counted = type(fewest) is int and type(most) is int and 1 <= fewest <= most
+    united = aggregate in UNITED or (aggregate is None and most == 1)
+    if not (counted and united and (most == 1 or prompt is not None)):
+        raise InputError(
+            f"no table gives {repr(fewest)[:20]} to {repr(most)[:20]} responses per prompt, by "
+            f"aggregate {repr(aggregate)[:20]} and prompt column {repr(prompt)[:20]}"
+        )
+    if most > 1:
+        count = most if fewest == most else f"{fewest} to {most}"
+        return f"one cost each, {UNITED[aggregate]} of its {count} responses"
+    return ONE_EACH if prompt is not None else f"every row counted as one, {ONE_EACH}"

@@ -25,7 +25,13 @@ from hcrlhf.hashing import (
     sealed_hash,
 )
 from hcrlhf.safety import CostSamples
-from hcrlhf.tables import Table, retrospective_order
+from hcrlhf.tables import (
+    Table,
+    require_aggregate,
+    retrospective_claim,
+    retrospective_order,
+    retrospective_page,
+)
 
 Outcome = Literal["ok", "FAILED", "not checked"]
 
@@ -202,8 +208,11 @@ def _bounds(record: Mapping[str, Any]) -> list[Check]:
 def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
     """The claim, the diagnostics and the page say what the bounds say."""
     constraints = _constraints(record["bounds"], len(record["data"]["prompts"]))
-    plan = None if record["kind"] == "retrospective" else record["plan"]
-    claim = cert.make_claim(constraints, plan)
+    retrospective = record["kind"] == "retrospective"
+    if retrospective:
+        claim = retrospective_claim(constraints, record["data"])
+    else:
+        claim = cert.make_claim(constraints, record["plan"])
     found = cert.diagnose(constraints, _samples(record).costs[:, 0, 0])
     said = record["diagnostics"]
     agrees = set(said) == set(found) and all(_agree(said[key], found[key]) for key in found)
@@ -213,8 +222,8 @@ def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
     ]
     page = path.with_name(cert.PAGE_FILE)
     if page.is_file():
-        written = cert.certificate_page(record).encode()
-        results.append(_same(f"the page {page.name}", page.read_bytes(), written))
+        written = (retrospective_page if retrospective else cert.certificate_page)(record)
+        results.append(_same(f"the page {page.name}", page.read_bytes(), written.encode()))
     else:
         results.append(Check(f"the page {page.name}", "not checked", "not beside the certificate"))
     return results
@@ -396,11 +405,17 @@ def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check
         _same("the costs stand in the derived order", column, derived),
         _same("every constraint judges the same costs", alike, True),
     ]
+    # Older certificates do not record how their table was read; whoever has it, says so.
+    for aggregate in (data.get("aggregate"), costs.aggregate if costs else None):
+        require_aggregate([bound["estimand"] for bound in record["bounds"]], aggregate)
     if costs is None:
         detail = "name the table with --costs"
         return [*results, Check(f"the table {data['file']}", "not checked", detail)]
     results.append(_same("the table's hash", data["file_sha256"], file_sha256(costs.path)))
     results.append(_same("the table's costs", sorted(column), sorted(costs.costs.tolist())))
+    if "aggregate" in data:
+        how = costs.describe()
+        results += [_same(f"how the table was read: {key}", data[key], how[key]) for key in how]
     return results
 
 
@@ -448,7 +463,7 @@ def _human(record: Mapping[str, Any], path: Path, state: Path | None) -> list[Ch
 
 
 def _verify_1(record: Mapping[str, Any]) -> list[Check]:
-    """Certificates of version 0.1: no ledger, no derived order that can be checked, no own hash."""
+    """Certificates of schema 1: no ledger, no derived order that can be checked, no own hash."""
     plan = record["plan"]
     # In this schema a bound's "upper" is what was found, not the cap of the cost.
     samples = _samples(record)

@@ -606,6 +606,25 @@ def test_the_state_directory_follows_its_variables(monkeypatch: pytest.MonkeyPat
     assert ledgers.state_directory() == Path("/home/somebody/.local/state/hcrlhf")
 
 
+def test_where_there_is_no_home_the_ledger_goes_without(
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def unknown(user: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    for name in ("HCRLHF_STATE_DIR", "XDG_STATE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)  # a container under a user id of its own
+    assert ledgers.state_directory() is None
+    ledger = ledgers.read(full_life(path))
+    assert ledgers.remembered_head(ledger.identity) is None
+    assert main(["ledger", str(path)]) == PASSED
+    path.unlink()
+    ledgers.refuse_vanished(path)
+    assert main(["ledger", str(path), "--forget"]) == PASSED
+    assert "this machine knows no ledger there" in capsys.readouterr().out
+
+
 # -- several processes -----------------------------------------------------------------------------
 
 OPENER = """
@@ -708,6 +727,98 @@ def test_two_processes_cannot_run_a_test_while_a_third_lets_it_go(
         ledgers.running(ledger, 1),
     ):
         pass
+
+
+def test_a_line_that_another_run_adds_during_a_look_is_no_missing_tail(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_life(path)
+    read_bytes, read_state = Path.read_bytes, ledgers._read_state
+    waiting = ["plan four"]
+
+    def other_run() -> None:
+        if waiting:
+            open_one(path, waiting.pop(), keys(6))
+
+    def bytes_and_then(self: Path) -> bytes:
+        content = read_bytes(self)
+        if self == path:
+            other_run()
+        return content
+
+    def state_and_then(state: Path | None) -> dict[str, dict[str, Any]]:
+        heads = read_state(state)
+        other_run()
+        return heads
+
+    # Whichever of the two is read first, the other run writes between them.
+    monkeypatch.setattr(Path, "read_bytes", bytes_and_then)
+    monkeypatch.setattr(ledgers, "_read_state", state_and_then)
+    ledger = ledgers.read(path)
+    assert not waiting
+    assert [test.number for test in ledger.tests] == [1, 2, 3, 4]
+    path.write_bytes(b"".join(read_bytes(path).splitlines(keepends=True)[:-1]))
+    with pytest.raises(InputError, match="its tail is missing"):
+        ledgers.read(path)
+
+
+# -- links -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def link(path: Path, tmp_path: Path) -> Path:
+    """A link to a ledger with tests of every kind, by way of another link."""
+    full_life(path)
+    (tmp_path / "between.jsonl").symlink_to(path)
+    (tmp_path / "linked.jsonl").symlink_to("between.jsonl")
+    return tmp_path / "linked.jsonl"
+
+
+def test_who_comes_by_a_link_meets_the_same_locks(
+    path: Path, link: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[Path] = []
+    acquire = FileLock.acquire
+
+    def watched(self: FileLock, *arguments: Any, **options: Any) -> Any:
+        taken.append(Path(self.lock_file))
+        return acquire(self, *arguments, **options)
+
+    monkeypatch.setattr(FileLock, "acquire", watched)
+    with ledgers.locked(link, DELTA, "halving"):
+        pass
+    ledgers.drop_torn_line(link)
+    of_the_ledger = [lock for lock in taken if "ledgers.json" not in lock.name]
+    assert set(of_the_ledger) == {path.with_name(".ledger.jsonl.lock")}
+    with (
+        ledgers.running(ledgers.read(path), 3),
+        pytest.raises(InputError, match="another process is running test 3"),
+        ledgers.running(ledgers.read(link), 3),
+    ):
+        pass
+
+
+def test_what_is_written_through_a_link_goes_into_the_ledger_itself(path: Path, link: Path) -> None:
+    assert open_one(link, "plan four", keys(6)) == 4
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"kind')
+    assert main(["ledger", str(link), "--drop-torn-line"]) == PASSED
+    assert link.is_symlink() and not path.is_symlink()
+    assert path.read_bytes() == whole
+
+
+def test_a_link_whose_ledger_is_yet_to_be_made_leads_to_it(path: Path, tmp_path: Path) -> None:
+    link = tmp_path / "linked.jsonl"
+    link.symlink_to(path)  # in a folder that is not there
+    assert open_one(link, "plan one", keys(1)) == 1
+    assert link.is_symlink() and len(ledgers.read(path).tests) == 1
+
+
+def test_a_link_to_itself_is_no_ledger(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "linked.jsonl"
+    link.symlink_to(link)
+    assert main(["ledger", str(link)]) == BAD_INPUT
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 # -- the command -----------------------------------------------------------------------------------

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hcrlhf import certificate as cert
 from hcrlhf.cli import BAD_INPUT, NO_SOLUTION, PASSED, main
 from hcrlhf.commands import FAILED
+from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import read_json
-from hcrlhf.tables import read_table, retrospective_order
+from hcrlhf.hashing import read_json, sealed_hash, write_json
+from hcrlhf.tables import certify, read_table, retrospective_order, retrospective_page
 
 ROOT = Path(__file__).resolve().parent.parent
 N = 60
@@ -177,15 +179,250 @@ def test_repeated_prompts_count_once(tmp_path: Path, how: Any) -> None:
     assert read_json(tmp_path / "certificate.json")["data"]["n"] == N
 
 
-def test_a_mean_of_responses_says_nothing_about_how_many_are_harmful(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("limit", "lost"),
+    [
+        (["harm_rate:0.2"], "how many of them are harmful"),
+        (["cvar:0.9", "--alpha", ".2", "--eta", "0", *RANGE], "how bad the worst of them are"),
+    ],
+)
+def test_a_mean_of_responses_says_nothing_about_how_many_are_harmful_nor_about_the_worst(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: list[str], lost: str
 ) -> None:
     path = tmp_path / "a.csv"
     path.write_text(TWICE)
-    rate = ["--constraint", "harm_rate:0.2", "--aggregate"]
-    assert "take --aggregate max" in refusal(capsys, "certify", path, *rate, "mean")
-    assert "max" in refusal(capsys, "certify", path, *MEAN, *rate, "mean")
-    assert main(["certify", str(path), *rate, "max"]) == PASSED
+    limit = ["--constraint", *limit, "--aggregate"]
+    said = refusal(capsys, "certify", path, *limit, "mean")
+    assert lost in said and "take --aggregate max" in said
+    assert lost in refusal(capsys, "certify", path, *MEAN, *limit, "mean")
+    assert main(["certify", str(path), *limit, "max"]) == PASSED
+
+
+def test_means_of_responses_are_no_evidence_that_their_worst_tenth_is_harmless(
+    tmp_path: Path,
+) -> None:
+    # One of every prompt's ten responses costs 1: the CVaR at a tenth is 1, that of the means -0.8.
+    path = tmp_path / "a.jsonl"
+    path.write_text(jsonl_text(([1.0] + [-1.0] * 9) * N, [i for i in IDS for _ in range(10)]))
+    worst = Constraint("cvar", 0.5, safety_prompts=N, lower=-1.0, upper=1.0, alpha=0.1, eta=-0.8)
+    with pytest.raises(InputError, match="how bad the worst of them are"):
+        certify([worst], read_table(path, aggregate="mean"))
+    record = certify([worst], read_table(path, aggregate="max"))
+    assert record["verdict"] == "NO_SOLUTION_FOUND"
+
+
+@pytest.mark.parametrize(
+    ("how", "extra", "words"),
+    [
+        ("mean", [], "one cost each, the mean of its 2 responses"),
+        ("max", [(IDS[3], -0.5)], "one cost each, the largest of its 2 to 3 responses"),
+    ],
+)
+def test_a_certificate_says_how_several_responses_became_one_cost(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    how: str,
+    extra: list[tuple[str, float]],
+    words: str,
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    rows = "".join(f"{i},{c}\n" for i, c in extra)
+    path.write_text(TWICE.replace("prompt_id,cost", "key,harm") + rows)
+    read = ["--prompt-column", "key", "--cost-column", "harm", "--aggregate"]
+    assert main(["certify", str(path), *MEAN, *read, how, "--out", str(out)]) == PASSED
+    record = read_json(out / "certificate.json")
+    expected = {
+        "cost_column": "harm",
+        "prompt_column": "key",
+        "aggregate": how,
+        "responses_per_prompt": {"min": 2, "max": 2 + len(extra)},
+    }
+    assert {key: record["data"][key] for key in expected} == expected
+    assert record["claim"]["population"] == f"prompts drawn like those of the table, {words}"
+    page = (out / "certificate.md").read_text()
+    assert f": {N} prompts, {words}, 0 cut" in page and "one response each" not in page
+    verified = ["verify", str(out / "certificate.json")]
+    assert main(verified) == PASSED
+    assert main([*verified, "--costs", str(path), *read, how]) == PASSED
+    other = {"mean": "max", "max": "mean"}[how]
+    capsys.readouterr()
+    assert main([*verified, "--costs", str(path), *read, other]) == FAILED
+    assert f"aggregate (says {how}, found {other})" in capsys.readouterr().out
+
+
+def resealed(
+    out: Path, record: dict[str, Any], page: Callable[[dict[str, Any]], str] = cert.certificate_page
+) -> int:
+    """The exit code of `hcrlhf verify` for a changed certificate with a hash and page that fit."""
+    record["hash"] = sealed_hash(record)
+    write_json(out / "certificate.json", record)
+    (out / "certificate.md").write_text(page(record), encoding="utf-8")
+    return main(["verify", str(out / "certificate.json")])
+
+
+def test_a_certificate_whose_worst_responses_became_means_is_not_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    path.write_text(TWICE)
+    limit = ["--constraint", "cvar:0.9", "--alpha", ".2", "--eta", "0", *RANGE]
+    arguments = [str(path), *limit, "--aggregate", "max", "--out", str(out)]
+    assert main(["certify", *arguments]) == PASSED
+    record = read_json(out / "certificate.json")
+    record["data"]["aggregate"] = "mean"
+    population = record["claim"]["population"]
+    record["claim"]["population"] = population.replace("the largest", "the mean")
+    assert resealed(out, record, retrospective_page) == FAILED
+    said = capsys.readouterr().out
+    assert said.count("FAILED") == 1 and "how bad the worst of them are" in said
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"aggregate": None},
+        {"aggregate": "median"},
+        {"prompt_column": None},
+        {"responses_per_prompt": {"min": 0, "max": 2}},
+        {"responses_per_prompt": {"min": 3, "max": 2}},
+        {"responses_per_prompt": {"min": 1.0, "max": 2}},
+        {"responses_per_prompt": {"min": "1 good one", "max": 2}},
+        {"responses_per_prompt": {"min": 2}},
+        {"responses_per_prompt": 2},
+    ],
+    ids=str,
+)
+def test_a_certificate_that_no_table_gives_is_not_verified(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: dict[str, Any]
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    path.write_text(TWICE)
+    assert main(["certify", str(path), *MEAN, "--aggregate", "max", "--out", str(out)]) == PASSED
+    record = read_json(out / "certificate.json")
+    record["data"] |= data
+    assert resealed(out, record) == FAILED
+    assert "FAILED       the certificate is co" in capsys.readouterr().out  # complete or consistent
+
+
+@pytest.mark.parametrize(
+    ("content", "read"), [(TWICE, ["--aggregate", "mean"]), (csv_text(head="who,cost"), [])]
+)
+def test_a_certificate_from_before_this_was_recorded_is_still_verified(
+    tmp_path: Path, content: str, read: list[str]
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    path.write_text(content)
+    told = read or ["--prompt-column", "none"]
+    assert main(["certify", str(path), *MEAN, *told, "--out", str(out)]) == PASSED
+    record = read_json(out / "certificate.json")
+    for key in ("cost_column", "prompt_column", "aggregate"):
+        del record["data"][key]
+    record["data"]["responses_per_prompt"] = 1
+    constraints = [Constraint.read(bound).ready() for bound in record["bounds"]]
+    record["claim"] = cert.make_claim(constraints, None)
+    assert resealed(out, record) == PASSED
+    assert f": {record['data']['n']} prompts, one response" in (out / "certificate.md").read_text()
+    costs = ["--costs", str(path), *read]
+    assert main(["verify", str(out / "certificate.json"), *costs]) == PASSED
+
+
+# -- a table that does not name its prompts --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("head", "row", "named"),
+    [
+        ("key,cost", "{i},{c}", "with one of key, or --prompt-column none if"),
+        ("id,cost,prompt", "{i},{c},{i}", "with one of id, prompt, or --prompt-column none"),
+        ("response_id,cost,Question", "{c},{c},{i}", "with one of Question, or"),
+        ("valid,who,cost", "1,{i},{c}", "with one of valid, who, or"),
+        ("cost", "{c}", "not independent; give --prompt-column none if no two rows answer"),
+    ],
+)
+def test_a_table_that_does_not_say_which_rows_answer_one_prompt_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], head: str, row: str, named: str
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    ids = [i % 20 for i in range(N)]
+    rows = [row.format(i=f"p{i}", c=c) for i, c in zip(ids, COSTS, strict=True)]
+    path.write_text("\n".join([head, *rows]) + "\n")
+    said = refusal(capsys, "certify", path, *MEAN, "--out", out)
+    assert "has no column 'prompt_id'" in said and named in said
+    said = refusal(capsys, "certify", path, *MEAN, "--prompt-column", "promt", "--out", out)
+    assert "has no column 'promt'" in said
+    assert not out.exists()
+
+
+def test_that_every_row_is_a_prompt_of_its_own_has_to_be_said_and_is_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    path.write_text(TWICE.replace("prompt_id", "key"))
+    arguments = ["certify", str(path), *MEAN, "--out", str(out), "--prompt-column"]
+    assert "several rows for 60 prompts" in refusal(capsys, *arguments, "key")
+    assert main([*arguments, "none"]) == PASSED
+    record = read_json(out / "certificate.json")
+    assert (record["data"]["n"], record["data"]["prompt_column"]) == (2 * N, None)
+    words = "every row counted as one, one response each"
+    assert record["claim"]["population"] == f"prompts drawn like those of the table, {words}"
+    assert f": {2 * N} prompts, {words}, 0 cut" in (out / "certificate.md").read_text()
+    verified = ["verify", str(out / "certificate.json"), "--costs", str(path)]
+    assert main(verified) == PASSED
+    assert main([*verified, "--prompt-column", "none"]) == PASSED
+    # A table that names its prompts may be read so too, and then says so.
+    path.write_text(TWICE)
+    assert main([*arguments, "none"]) == PASSED
+    assert read_json(out / "certificate.json")["data"]["prompt_column"] is None
+
+
+# -- the folder of a certificate -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("verdict.json", '{"schema": 2, "verdict": "NO_SOLUTION_FOUND"}'),
+        ("plan.json", "{}"),
+        ("certificate.json", '{"schema": 2, "kind": "committed"}'),
+        ("certificate.json", '{"schema": 1}'),
+        ("certificate.json", "[1]"),
+        ("certificate.json", "not even JSON"),
+    ],
+)
+@pytest.mark.parametrize("limit", ["0", "-0.5"])  # passed, not passed
+def test_a_certificate_of_a_table_is_not_put_into_a_runs_folder(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    content: str,
+    limit: str,
+) -> None:
+    path, run = tmp_path / "a.csv", tmp_path / "run"
+    path.write_text(csv_text())
+    run.mkdir()
+    (run / name).write_text(content)
+    arguments = ["certify", path, "--constraint", f"mean:{limit}", *RANGE, "--out", run]
+    assert f"run holds {name}, which certify did not write" in refusal(capsys, *arguments)
+    assert [file.name for file in run.iterdir()] == [name]
+    assert (run / name).read_text() == content
+
+
+def test_a_certificate_of_a_table_may_be_made_anew_where_it_lies(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = tmp_path / "a.csv", tmp_path / "out"
+    arguments = ["certify", str(path), *MEAN, "--out", str(out)]
+    for costs in (COSTS, COSTS, [c - 0.01 for c in COSTS]):
+        path.write_text(csv_text(costs))
+        assert main(arguments) == PASSED
+        verified = ["verify", str(out / "certificate.json"), "--costs", str(path)]
+        assert main(verified) == PASSED
+    path.write_text(csv_text([0.5, *COSTS[1:]]).replace("-", ""))
+    capsys.readouterr()
+    assert main(arguments) == NO_SOLUTION
+    said = capsys.readouterr().out
+    assert f"{out / 'certificate.json'} is an earlier one, not of these figures" in said
+    assert main(verified) == FAILED
 
 
 def test_a_first_row_without_an_id_does_not_hide_repeated_prompts(tmp_path: Path) -> None:

@@ -517,7 +517,8 @@ def test_a_retrospective_certificate_cannot_dress_up_as_a_committed_one(
 ) -> None:
     constraints = [Constraint.read(bound) for bound in record["bounds"]]
     table = tmp_path / "table.jsonl"
-    table.write_text("".join(json.dumps({"cost": -0.5 - i / 1000}) + "\n" for i in range(N)))
+    rows = [{"prompt_id": i, "cost": -0.5 - i / 1000} for i in range(N)]
+    table.write_text("".join(json.dumps(row) + "\n" for row in rows))
     arguments = ["--constraint", "mean:0", "--lower", "-1", "--upper", "1"]
     out = tmp_path / "out"
     assert main(["certify", str(table), *arguments, "--out", str(out)]) == PASSED
