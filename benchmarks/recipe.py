@@ -59,6 +59,7 @@ from hcrlhf.preferences import proportion
 from hcrlhf.samples import Floats
 from hcrlhf.world import (
     HAZARDOUS_SHARE,
+    PREFERENCE_MIX,
     WorldSizes,
     topic_of,
     true_cost,
@@ -176,7 +177,7 @@ def config(layer: str) -> Path:
 
 
 def shipped() -> str:
-    """What of the shipped config decides how much a run can learn, in words."""
+    """What of the shipped config and world decides how much a run can learn, in words."""
     reward, policy, long = (
         yaml.safe_load(config(name).read_text()) for name in ("reward", "policy", "long")
     )
@@ -189,7 +190,8 @@ def shipped() -> str:
         f"{learner['epochs']} x {learner['minibatches']} steps, "
         f"KL coefficient {own['kl_coefficient']}, limit {own['adaptive_kl']['target']:g} nats, "
         f"PID {own['multiplier']['init_args']['integral']}, "
-        f"{sizes.preferences * sizes.pairs_per_prompt} pairs, "
+        f"{sizes.preferences * sizes.pairs_per_prompt} pairs "
+        f"({PREFERENCE_MIX.blemish:.0%} of answers blemished), "
         f"reward model of {reward['trainer']['max_epochs']} epochs"
     )
 
