@@ -33,7 +33,14 @@ from hcrlhf.methods import (
     method,
     resamples,
 )
-from hcrlhf.samples import Floats, check_cap, check_delta, check_floor, finite_sample
+from hcrlhf.samples import (
+    Floats,
+    check_cap,
+    check_delta,
+    check_floor,
+    finite_sample,
+    has_spread,
+)
 
 Estimand = Literal["mean", "harm_rate", "cvar"]
 PASS_FORECASTS = 400
@@ -592,7 +599,7 @@ def bootstrap_pessimism(
     """
     values = finite_sample(values)
     mean, std = float(values.mean()), float(values.std())
-    if not std > 0:
+    if not has_spread(values):  # and not std > 0: that of equal values is 1e-17 as often as 0
         return 0.0
     count = max(60, math.ceil(6 / miss_probability))
     if m is None:

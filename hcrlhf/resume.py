@@ -316,7 +316,7 @@ def check(path: Path, run: Settings, command: str) -> list[Change]:
 def packed_keys(keys: Collection[str]) -> torch.Tensor:
     """The first 32 hex digits of prompt keys as bytes, (N, 16): a checkpoint holds many of them."""
     digits = "".join(sorted({key[:32] for key in keys}))
-    return torch.tensor(list(bytes.fromhex(digits)), dtype=torch.uint8).reshape(-1, 16)
+    return torch.from_numpy(np.frombuffer(bytearray.fromhex(digits), np.uint8)).reshape(-1, 16)
 
 
 def unpacked_keys(packed: torch.Tensor) -> frozenset[str]:

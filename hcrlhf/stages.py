@@ -136,7 +136,7 @@ def write_classifier_stage(
 
 def _write(folder: Path, record: Mapping[str, Any], prompt_keys: Collection[str]) -> None:
     prompts = folder / PROMPTS_FILE
-    prompts.write_text("".join(f"{key[:32]}\n" for key in sorted(prompt_keys)))
+    prompts.write_text("".join(f"{key}\n" for key in sorted({key[:32] for key in prompt_keys})))
     whole = {"format": FORMAT, **record, PROMPTS_HASH: file_sha256(prompts)}
     # Last of all, and whole: where it stands the stage is finished.
     write_text(folder / FILE, json.dumps(whole, indent=2) + "\n")

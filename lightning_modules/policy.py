@@ -630,8 +630,10 @@ class Policy(ScoredPolicy):
                 "the checkpoint is of another stage or of an older version; give one of a policy "
                 "run of this version"
             )
-        # A test may name other data than the run did: what the policy has seen is asked of it.
-        self.checkpoint_prompts = unpacked_keys(checkpoint["training_prompts"])
+        # A run goes on with the data and stages that it had, but a test may name others: what the
+        # policy has seen is asked of the checkpoint.
+        if self.trainer.state.fn != "fit":
+            self.checkpoint_prompts = unpacked_keys(checkpoint["training_prompts"])
         self.updates = int(state["updates"])
         self.candidate = state["candidate"]
         self.dual.load(state["dual"])

@@ -199,6 +199,9 @@ def test_without_spread_there_is_nothing_to_stay_away_from() -> None:
     for rule, within in ((Betting(), Range(-4.0, 4.0)), (HallT(), Range())):
         assert bootstrap_pessimism(rule, np.full(50, -1.0), 100, 0.05, 0.1, within) == 0.0
     assert capped().training_pessimism(2, np.full(50, -1.0)) == 0.0
+    # Equal, but for a standard deviation of 1e-16: the mean of 448 times 0.7 is not 0.7.
+    worst = Constraint("cvar", 1.5, alpha=0.1, eta=0.7, lower=-4.0, upper=4.0, safety_prompts=500)
+    assert worst.training_pessimism(2, np.full(448, -2.0), 400) == 0.0
 
 
 def test_a_normal_cost_has_nearly_the_same_margin_by_bootstrap_as_by_formula() -> None:
