@@ -55,7 +55,7 @@ class Scorer(ABC):
     squash: float | None = None
     lower: float | None = None
     upper: float | None = None
-    init_args: Mapping[str, Any] = {}  # as given, for the plan of a safety test
+    _init_args: Mapping[str, Any] = {}  # as given, for the plan of a safety test
     # Whether the zero of the score is known to mean nothing (trained without sign terms).
     arbitrary_zero = False
 
@@ -94,7 +94,7 @@ class Scorer(ABC):
         except TypeError:  # for __init__ to refuse; or a copy, which brings them along
             return scorer
         bound.apply_defaults()
-        scorer.init_args = {k: plain(v) for k, v in [*bound.arguments.items()][1:]}
+        scorer._init_args = {k: plain(v) for k, v in [*bound.arguments.items()][1:]}
         return scorer
 
     @abstractmethod
@@ -208,7 +208,7 @@ class Scorer(ABC):
         return squash_range(self.squash)
 
     @cached_property
-    def source(self) -> str:
+    def _source(self) -> str:
         """SHA-256 of the file that defines it, when it was first asked for: before training."""
         return source_hash(type(self), self.name)
 
@@ -217,8 +217,8 @@ class Scorer(ABC):
         cls = type(self)
         return {
             "class_path": f"{cls.__module__}.{cls.__qualname__}",
-            "init_args": self.init_args,
-            "source": self.source,
+            "init_args": self._init_args,
+            "source": self._source,
             "squash": self.squash,
             "range": self.cost_range and list(self.cost_range),
         }
@@ -331,7 +331,7 @@ class PythonScorer(Scorer):
         return self.path
 
     @cached_property
-    def source(self) -> str:
+    def _source(self) -> str:
         own = source_hash(self.function, self.name)
         module = source_file(importlib.import_module(self.path.rpartition(".")[0]))
         other = None if module is None else file_sha256(module)
@@ -347,7 +347,7 @@ class PythonScorer(Scorer):
         return {
             "class_path": "hcrlhf.scorers.PythonScorer",
             "function": self.path,
-            "source": self.source,
+            "source": self._source,
             "squash": self.squash,
             "range": self.cost_range and list(self.cost_range),
         }

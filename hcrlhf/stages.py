@@ -244,7 +244,7 @@ def _resolve(folder: str, model: str) -> str:
 def read_prompt_keys(folder: str) -> frozenset[str]:
     """Keys (first 32 hex digits) of the prompts that the stage in `folder` was trained on.
 
-        Empty where the folder holds no list and is no stage.
+    Empty where the folder holds no list and is no stage.
 
     Raises:
         InputError: a stage without its list, which would read as one that saw no prompt, or with
