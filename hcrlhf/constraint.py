@@ -39,7 +39,6 @@ from hcrlhf.samples import (
     check_delta,
     check_floor,
     finite_sample,
-    has_spread,
 )
 
 Estimand = Literal["mean", "harm_rate", "cvar"]
@@ -100,8 +99,8 @@ class Constraint:
             (`PaperPessimism`). Not for a harm rate.
         miss_probability: how often a policy that just satisfies the pessimistic constraint on the
             run's validation prompts may fail its safety test all the same; None takes delta.
-        std_floor: nothing is divided by a running standard deviation of the cost below this; it is
-            the unit of the violation and of the learner's costs then.
+        std_floor: nothing is divided by a standard deviation of the cost below this; it is the
+            unit of the violation, of the learner's costs and of a pessimism from recent costs then.
 
     Raises:
         InputError: a value is out of its range, or the limit cannot be met with n prompts.
@@ -380,7 +379,18 @@ class Constraint:
             miss,
             fixed.within,
             validation_prompts,
+            self.std_floor,
         )
+
+    def margin_std(self, std: float) -> float:
+        """What the pessimism is multiplied with in training, for a running standard deviation.
+
+        One from recent costs is in units of what it was divided by, `std_floor` at least: the
+        margin of a bound that knows the cost's range does not shrink to nothing with the spread.
+        Every other pessimism is a number of standard deviations.
+        """
+        recent = self.pessimism is None and not isinstance(self.rule, StudentT)
+        return max(std, self.std_floor) if recent else std
 
     def training_target(self, constraints: int = 1, validation_prompts: int | None = None) -> float:
         """What the mean of `values` is compared with in training: τ, or p* for a harm rate.
@@ -585,12 +595,14 @@ def bootstrap_pessimism(
     miss_probability: float,
     within: Range,
     m: int | None = None,
+    std_floor: float = Constraint.std_floor,
 ) -> float:
-    """The (1 - β) quantile of (U(C*) - μ̂)/σ̂ over samples C* of n of these values.
+    """The (1 - β) quantile of (U(C*) - μ̂) / max(σ̂, floor) over samples C* of n of these values.
 
-    U is the bound of the safety test, β the miss probability: with μ + pessimism · σ = τ, a test
-    on n prompts passes with probability 1 - β if its costs are spread like these. 0 where the
-    values have no spread.
+    U is the bound of the safety test, β the miss probability: with μ + pessimism · max(σ, floor) =
+    τ, a test on n prompts passes with probability 1 - β if its costs are spread like these.
+    Without the floor it would be a ratio of two numbers near 0 where the values hardly differ, and
+    `Constraint.margin_std` would make any margin of it once they differ again.
 
     Args:
         values: of recent rollouts.
@@ -599,8 +611,7 @@ def bootstrap_pessimism(
     """
     values = finite_sample(values)
     mean, std = float(values.mean()), float(values.std())
-    if not has_spread(values):  # and not std > 0: that of equal values is 1e-17 as often as 0
-        return 0.0
+    unit = max(std, std_floor)
     count = max(60, math.ceil(6 / miss_probability))
     if m is None:
         samples = resamples(values, n, count)
@@ -611,7 +622,7 @@ def bootstrap_pessimism(
     allowed = math.floor(miss_probability * len(samples))
 
     def enough(pessimism: float) -> bool:
-        threshold = mean + pessimism * std
+        threshold = mean + pessimism * unit
         failed = 0
         for sample in samples:
             failed += not rule.passes(sample, threshold, delta, within)
@@ -620,7 +631,7 @@ def bootstrap_pessimism(
         return True
 
     # Up to the cap, or to where a sample of n could hardly be told from nothing.
-    room = 20.0 if within.upper is None else (within.upper - mean) / std
+    room = 20.0 * (std / unit) if within.upper is None else (within.upper - mean) / unit
     low, high = 0.0, room
     for _ in range(10):
         middle = 0.5 * (low + high)

@@ -49,6 +49,7 @@ class Dual:
         self.pessimisms = [0.0 for _ in constraints]
         self.recent: list[float] = []  # the last safety_prompts costs, for the pessimism
         self.rollouts = 0
+        self.reversed_shares = [0.0 for _ in constraints]  # of the last rollout
         self.steps_at_cap = [0 for _ in constraints]  # since λ was last below its cap
         self.steps_violated = [0 for _ in constraints]  # since g was last at most 0
 
@@ -61,8 +62,8 @@ class Dual:
         """What of each pessimistic cost lies above the target (C, B), and the violations g.
 
         Both in units of σ̄: (c̃ - τ) / σ̄, whose mean is g up to what s² differs from σ̄². In these
-        units λ means the same whatever a cost's scale. A σ̄ below the constraint's floor stays what
-        it is in the margin k σ̄, and is the floor where something is divided by it.
+        units λ means the same whatever a cost's scale. A σ̄ below the constraint's floor is the
+        floor where something is divided by it; the margin k σ̄ asks `Constraint.margin_std`.
 
         Args:
             costs: (B,), finite, of one rollout. keys: its B prompt keys.
@@ -71,7 +72,7 @@ class Dual:
             InputError: fewer than two different prompts.
         """
         self._remember(costs)
-        rows, violations = [], []
+        rows, violations, reversed_shares = [], [], []
         for constraint, variance, pessimism in zip(
             self.constraints, self.variances, self.pessimisms, strict=True
         ):
@@ -84,8 +85,11 @@ class Dual:
             punished = pessimistic_costs(values, spread, pessimism, unit)
             # A critic of c̃ / σ̄, whose mean is not near 0, would have to follow every move of σ̄.
             rows.append((punished - target) / unit)
-            violations.append(violation(float(values.mean()), std, pessimism, target, unit))
+            mean, margin_std = float(values.mean()), constraint.margin_std(std)
+            violations.append(violation(mean, margin_std, pessimism, target, unit))
+            reversed_shares.append(reversed_share(values, pessimism, unit))
             variance.update(current)
+        self.reversed_shares = reversed_shares
         return np.stack(rows), violations
 
     def _remember(self, costs: Floats) -> None:
@@ -184,16 +188,29 @@ def pessimistic_costs(costs: ArrayLike, spread: ArrayLike, pessimism: float, std
     Its mean is μ̂ + pessimism · s²/σ̄, and E[c̃ ∇log π] = ∇(μ + pessimism · σ) where σ̄ is the
     true σ: the derivative of σ = √variance is that of the variance over 2σ, and v_i is the
     contribution of response i to twice the variance, counted once as i and once as j.
+
+    It grows with c_i above μ̂ - σ̄ / pessimism and falls below (`reversed_share`).
     """
     return np.asarray(costs, dtype=np.float64) + pessimism * np.asarray(spread) / (2 * std)
+
+
+def reversed_share(costs: ArrayLike, pessimism: float, std: float) -> float:
+    """The share of costs (B,) below μ̂ - σ̄ / pessimism: these are punished for being safer.
+
+    So safe a response widens the spread by more than it lowers the mean.
+    """
+    c = np.asarray(costs, dtype=np.float64)
+    return float(np.mean(pessimism * (c.mean() - c) > std))
 
 
 def violation(mean: float, std: float, pessimism: float, target: float, unit: float) -> float:
     """g = (μ̂ + pessimism · σ̄ - τ) / unit: what the multiplier sees; positive = violated.
 
     σ̄ is the running value, not this batch's: dividing by the batch's own standard deviation
-    moves the fixed point above τ where harm is rare. The unit is σ̄ or its floor; the margin knows
-    no floor, for one that is wider than the test's own would punish a policy that passes.
+    moves the fixed point above τ where harm is rare.
+
+    Args:
+        std: σ̄ in the margin, `Constraint.margin_std`. unit: σ̄, or its floor where it is below.
     """
     return (mean + pessimism * std - target) / unit
 

@@ -38,6 +38,7 @@ from lightning_modules.scored_policy import ACTOR, PromptBatch, Reader, ScoredPo
 
 SKIP_PATIENCE = 10  # gradients in a row that are not finite before the run stops
 LEARNING_RATES = {"actor": "learning_rate", "critics": "critic_learning_rate"}  # as logged
+REVERSED = 0.05  # of responses punished for being safe, before it is said
 PATIENCE = 50  # updates with λ at its cap, or a limit exceeded, before it is said
 FORECAST_EVERY = 10  # updates between two forecasts of the bounds: on a tiny model they cost much
 
@@ -171,6 +172,7 @@ class Policy(ScoredPolicy):
         self.max_grad_norm = max_grad_norm
         self.dual = Dual(self.constraints, multiplier)
         self._truncation_watch = TruncationWatch()
+        self._said_reversed = False
         self.critics = ["reward_critic"] + [
             f"cost_critic_{j}" for j in range(len(self.constraints))
         ]
@@ -325,6 +327,7 @@ class Policy(ScoredPolicy):
         self.updates += 1
         self._report(rollout, targets, violations, statistics, phases)
         self._warn_unreachable(rollout)
+        self._warn_reversed()
         self._warn_truncated(rollout)
 
     def _sync_by_hand(self) -> None:
@@ -376,6 +379,18 @@ class Policy(ScoredPolicy):
                 f"{found} updates, λ is {value:g} now: the constraint may not be reachable from "
                 f"this reference, or λ rises too slowly; forecast of the bound {forecast:.3g}, "
                 f"limit {constraint.threshold:g}"
+            )
+
+    def _warn_reversed(self) -> None:
+        """Says so, once, when a pessimistic mean punishes many responses for being safe."""
+        share = max(self.dual.reversed_shares)
+        if share > REVERSED and not self._said_reversed:
+            self._said_reversed = True
+            k = self.dual.pessimisms[self.dual.reversed_shares.index(share)]
+            rank_zero_warn(
+                f"update {self.updates}: {share:.0%} of the responses are so safe that the margin "
+                f"of k = {k:.3g} standard deviations punishes them for it, since they widen the "
+                "spread; more safety prompts make k smaller, and cvar looks at the worst alone"
             )
 
     def _warn_truncated(self, rollout: Rollout) -> None:
@@ -600,6 +615,7 @@ class Policy(ScoredPolicy):
             bar[f"bound{suffix}"] = self._forecasts[j]
             rest[f"violation{suffix}"] = violations[j]
             rest[f"pessimism{suffix}"] = self.dual.pessimisms[j]
+            rest[f"reversed{suffix}"] = self.dual.reversed_shares[j]
             if explained:
                 rest[f"explained_variance_cost{suffix}"] = explained[j]
         self.log_dict(bar, prog_bar=True, batch_size=len(rollout.keys))

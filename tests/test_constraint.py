@@ -195,13 +195,25 @@ def test_a_policy_at_its_bootstrap_target_passes_about_as_often_as_promised(
     assert np.mean(chances) == pytest.approx(1 - miss, abs=tolerance)
 
 
-def test_without_spread_there_is_nothing_to_stay_away_from() -> None:
-    for rule, within in ((Betting(), Range(-4.0, 4.0)), (HallT(), Range())):
-        assert bootstrap_pessimism(rule, np.full(50, -1.0), 100, 0.05, 0.1, within) == 0.0
-    assert capped().training_pessimism(2, np.full(50, -1.0)) == 0.0
-    # Equal, but for a standard deviation of 1e-16: the mean of 448 times 0.7 is not 0.7.
-    worst = Constraint("cvar", 1.5, alpha=0.1, eta=0.7, lower=-4.0, upper=4.0, safety_prompts=500)
-    assert worst.training_pessimism(2, np.full(448, -2.0), 400) == 0.0
+@pytest.mark.parametrize("spread", [0.0, 1e-16, 1e-3])
+def test_costs_that_hardly_differ_keep_the_margin_of_a_bound_that_knows_their_range(
+    spread: float,
+) -> None:
+    seen = -1.0 + spread * np.random.default_rng(0).normal(size=200)
+    limit = capped(threshold=0.0, safety_prompts=200)
+    k = limit.training_pessimism(1, seen)
+    margin = k * limit.margin_std(float(seen.std()))
+    # U of a test on such costs, up to the grid of 1024 thresholds up to the cap of 4.
+    known = limit.rule.upper(np.full(200, -1.0), limit.delta, limit.within) + 1.0
+    assert known > 0.03
+    assert margin == pytest.approx(known, abs=5 / 1024 + 10 * spread)
+    # Once they differ again the margin is of their own size, not 200 times it.
+    assert k * limit.margin_std(1.0) < 3.0
+
+
+def test_costs_without_spread_have_no_margin_by_a_t_statistic() -> None:
+    for seen in (np.full(50, -1.0), np.full(448, 0.7)):  # whose mean is not 0.7
+        assert bootstrap_pessimism(HallT(), seen, 100, 0.05, 0.1, Range()) < 1e-12
 
 
 def test_a_normal_cost_has_nearly_the_same_margin_by_bootstrap_as_by_formula() -> None:

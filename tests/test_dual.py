@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcrlhf.constraint import Constraint
-from hcrlhf.dual import Dual, RunningVariance, pairwise_spread, pessimistic_costs, violation
+from hcrlhf.dual import (
+    Dual,
+    RunningVariance,
+    pairwise_spread,
+    pessimistic_costs,
+    reversed_share,
+    violation,
+)
 from hcrlhf.errors import InputError
 from hcrlhf.multiplier import PIDMultiplier, ProjectedMultiplier
 
@@ -75,6 +82,19 @@ def test_small_rollouts_give_that_gradient_without_bias(pessimism: float, keys: 
 def test_pessimistic_costs_by_hand() -> None:
     # c + k v / (2 σ̄) = 1 + 0.5 · 8 / 4 and 3 + 0.5 · 4 / 4.
     assert pessimistic_costs([1.0, 3.0], [8.0, 4.0], 0.5, 2.0).tolist() == [2.0, 3.5]
+
+
+@seeded
+@given(cost_vectors, st.floats(0.1, 3.0), st.floats(0.5, 5.0))
+def test_a_cost_is_reversed_where_its_pessimistic_cost_falls_as_it_grows(
+    costs: list[float], pessimism: float, std: float
+) -> None:
+    mean = np.mean(costs)
+    c = np.array([*costs, *costs])  # v_i towards the mean of all: own pairs add nothing to a slope
+    slopes = 1 + pessimism * (c - mean) / std
+    if np.abs(slopes).min() > 1e-6:
+        assert reversed_share(c, pessimism, std) == pytest.approx(np.mean(slopes < 0))
+    assert reversed_share(c, 0.0, std) == 0.0
 
 
 # -- spread ----------------------------------------------------------------------------------------
@@ -215,6 +235,23 @@ def test_costs_that_hardly_vary_are_not_punished_where_their_test_is_sure_to_be_
     assert limit.pass_probability(seen.ravel()[:500]) > 0.99
     assert violations[0] < 0 and dual.multipliers[0] < 1.0
     assert np.abs(rows).max() < 10 + seen.max() / 0.1  # in units of the floor, not of σ
+
+
+def test_costs_that_begin_to_differ_do_not_meet_the_margin_of_those_that_did_not() -> None:
+    # The first rollouts are all alike, as of a policy that refuses everything. With k in units of
+    # their spread the sixth had a g of 480 and a pessimistic cost of 120,000 units.
+    limit = Constraint("mean", 0.0, lower=-4.0, upper=4.0, safety_prompts=500)
+    dual = Dual([limit], ProjectedMultiplier())
+    generator = np.random.default_rng(0)
+    for number in range(30):
+        spread = 1e-4 if number < 5 else 1.0
+        costs = np.clip(generator.normal(-1.0, spread, 64), -4.0, 4.0)
+        rows, violations = dual.judge(costs, different_prompts(64))
+        assert violations[0] < 0 and np.abs(rows).max() < 200
+    # No margin at all would be as wrong: a test of equal costs is not passed at the limit itself.
+    alike = Dual([limit], ProjectedMultiplier())
+    assert alike.judge(np.full(20, -1e-3), different_prompts(20))[1][0] > 0
+    assert limit.pass_probability(np.full(400, -1e-3)) == 0
 
 
 def test_costs_that_do_not_vary_have_a_finite_unit() -> None:

@@ -154,6 +154,20 @@ def test_a_limit_that_may_not_be_reachable_is_said_once(
         assert len([s for s in said if words in s]) == 1
 
 
+def test_a_margin_that_punishes_safe_responses_is_said_once() -> None:
+    from lightning_modules.policy import Policy
+
+    module = Policy("sft", "reward", "cost", [Constraint("mean", 0.0, pessimism=1.5)])
+    costs, keys = np.array([*[0.0] * 17, *[-5.0] * 3]), [str(row) for row in range(20)]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            module.dual.judge(costs, keys)
+            module._warn_reversed()
+    assert len(caught) == 1
+    assert "15% of the responses are so safe that the margin of k = 1.5" in str(caught[0].message)
+
+
 @pytest.mark.parametrize(
     ("prompts", "minibatches", "processes", "refused"),
     [(8, 4, 2, False), (8, 5, 2, True), (2, 8, 2, True), (8, 4, 3, True), (1, 1, 1, False)],
