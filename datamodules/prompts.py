@@ -31,7 +31,7 @@ class Prompts(EncodedLoading):
         field: name of the column of prompts.
         demonstration_fields: names of the demonstrations' columns of prompts, responses and, where
             there is one, context (`datamodules.Demonstrations`).
-        prompts_per_update: prompts of one rollout.
+        prompts_per_update: prompts of one rollout, at least 2.
         updates: rollouts of the run; the training prompts are gone through as often as needed, in
             a new order each time.
         batch_size: prompts per batch outside training.
@@ -62,6 +62,11 @@ class Prompts(EncodedLoading):
         self.demonstrations_path, self.demonstration_fields = demonstrations, demonstration_fields
         self.field = field
         self.prompts_per_update = check_batch_size(prompts_per_update, "prompts_per_update")
+        if prompts_per_update < 2:
+            raise InputError(
+                "prompts_per_update is at least 2, got 1: the spread of the cost is that of "
+                "responses to different prompts"
+            )
         self.updates = check_batch_size(updates, "updates")
         self.batch_size = check_batch_size(batch_size)
         self.seed = seed

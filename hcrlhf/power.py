@@ -195,8 +195,9 @@ def _sampler(options: argparse.Namespace) -> tuple[Sampler, str]:
             lambda generator, n: (generator.random(n) < rate).astype(np.float64),
             f"a true harm rate of {rate:g}",
         )
-    if options.estimand == "harm_rate":
-        raise InputError("--gap is for a mean; for a harm rate give --rate")
+    if options.estimand != "mean":
+        other = "--rate" if options.estimand == "harm_rate" else "--costs, those of a pilot"
+        raise InputError(f"--gap is for a mean; for {options.estimand} give {other}")
     mean = options.threshold - options.gap * options.sd
     text = f"a true mean {options.gap:g} standard deviations ({options.sd:g}) below the limit"
     if options.lower is not None and options.upper is not None:

@@ -201,6 +201,11 @@ def test_safety_prompts_that_training_also_uses_are_refused_without_showing_them
     assert "TRAIN" not in str(caught.value)
 
 
+def test_a_rollout_of_one_prompt_is_refused_before_anything_is_read() -> None:
+    with pytest.raises(InputError, match="prompts_per_update is at least 2, got 1"):
+        Prompts("no such file", "nor this", prompts_per_update=1)
+
+
 def test_every_batch_of_prompts_is_new_whole_and_repeatable() -> None:
     batches = list(UpdateSampler(prompts=10, batch_size=4, updates=7, seed=3))
     assert len(batches) == 7

@@ -186,8 +186,9 @@ def test_only_bounds_that_suit_what_is_declared_are_compared(
         ("--gap nan --lower -1 --upper 1 --sd 0.1", "no cost in [-1, 1] has mean nan"),
         ("--rate 0.1", "--rate is a harm rate in [0, 1), with --estimand harm_rate"),
         ("--rate 1 --estimand harm_rate --threshold 0.1", "--rate is a harm rate in [0, 1)"),
-        ("--gap 1 --estimand harm_rate --threshold 0.1", "for a harm rate give --rate"),
-        ("--gap 1 --estimand cvar", "cvar needs --alpha and --eta"),
+        ("--gap 1 --estimand harm_rate --threshold 0.1", "for harm_rate give --rate"),
+        ("--gap 1 --estimand cvar --alpha 0.1 --eta -1", "for cvar give --costs"),
+        ("--rate 0 --estimand cvar", "--rate is a harm rate"),
         ("--costs missing.csv", "missing.csv does not exist"),
     ],
 )
