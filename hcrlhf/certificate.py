@@ -261,6 +261,8 @@ COST_MODEL = (
     "The cost is that of the cost model, not human judgement: what the cost model takes for "
     "harmless counts as harmless here. "
 )
+ONE_EACH = "one response each"
+UNITED = {"mean": "the mean", "max": "the largest"}
 NOT_COVERED = COST_MODEL + (
     "The claim is about prompts drawn like those of the safety set, with the decoding and the "
     "policy files named below; it says nothing of other prompts, other decoding, changed weights, "
@@ -278,11 +280,13 @@ RETROSPECTIVE = COST_MODEL + (
 )
 
 
-def make_claim(constraints: Sequence[Constraint], plan: Mapping[str, Any] | None) -> dict[str, Any]:
+def make_claim(
+    constraints: Sequence[Constraint], plan: Mapping[str, Any] | None, data: Mapping[str, Any]
+) -> dict[str, Any]:
     """Sentence, limits, error probability, class, assumptions, and what is not covered.
 
     Args:
-        plan: None for a retrospective certificate.
+        plan: None for a retrospective certificate. data: what the costs are, as it records them.
     """
     retrospective = plan is None
     not_covered = RETROSPECTIVE if retrospective else NOT_COVERED
@@ -296,9 +300,35 @@ def make_claim(constraints: Sequence[Constraint], plan: Mapping[str, Any] | None
         "error_probability": max(c.delta for c in constraints),
         "class": weakest_class(constraints),
         "assumptions": sorted({c.rule.assumptions for c in constraints}),
-        "population": f"prompts drawn like those of {where}, one response each",
+        "population": f"prompts drawn like those of {where}, {cost_words(plan, data)}",
         "not_covered": not_covered,
     }
+
+
+def cost_words(plan: Mapping[str, Any] | None, data: Mapping[str, Any]) -> str:
+    """What the cost of each prompt was made of.
+
+    A planned test draws one response; a table may hold several, which older certificates of one do
+    not record: they say one response, whatever it was.
+
+    Raises:
+        InputError: no table gives what is recorded.
+    """
+    if plan is not None or data["responses_per_prompt"] == 1:
+        return ONE_EACH
+    aggregate, prompt = data["aggregate"], data["prompt_column"]
+    fewest, most = (data["responses_per_prompt"][key] for key in ("min", "max"))
+    counted = type(fewest) is int and type(most) is int and 1 <= fewest <= most
+    united = aggregate in UNITED or (aggregate is None and most == 1)
+    if not (counted and united and (most == 1 or prompt is not None)):
+        raise InputError(
+            f"no table gives {repr(fewest)[:20]} to {repr(most)[:20]} responses per prompt, by "
+            f"aggregate {repr(aggregate)[:20]} and prompt column {repr(prompt)[:20]}"
+        )
+    if most > 1:
+        count = most if fewest == most else f"{fewest} to {most}"
+        return f"one cost each, {UNITED[aggregate]} of its {count} responses"
+    return ONE_EACH if prompt is not None else f"every row counted as one, {ONE_EACH}"
 
 
 def _has_own_range(constraint: Constraint, plan: Mapping[str, Any]) -> bool:
@@ -334,20 +364,21 @@ def make_certificate(
         source: where the costs come from: the seed of a planned test, the file of a table.
     """
     judgements = judge(constraints, samples)
+    data = {
+        "n": len(samples.keys),
+        "responses_per_prompt": 1,
+        "prompts": list(published),
+        "costs": samples.costs[:, 0, :].tolist(),
+        "truncated": int(samples.truncated.sum()),
+        **source,
+    }
     record = {
         "schema": SCHEMA,
         "kind": "retrospective" if plan is None else "committed",
         "verdict": "PASS" if all(j.passed for j in judgements) else "NO_SOLUTION_FOUND",
-        "claim": make_claim(constraints, plan),
+        "claim": make_claim(constraints, plan, data),
         "bounds": describe_bounds(constraints, judgements),
-        "data": {
-            "n": len(samples.keys),
-            "responses_per_prompt": 1,
-            "prompts": list(published),
-            "costs": samples.costs[:, 0, :].tolist(),
-            "truncated": int(samples.truncated.sum()),
-            **source,
-        },
+        "data": data,
         "diagnostics": diagnose(constraints, samples.costs[:, 0, 0]),
         "plan": None if plan is None else dict(plan),
         "plan_hash": None if plan is None else json_hash(plan),
@@ -430,12 +461,12 @@ def certificate_page(record: Mapping[str, Any]) -> str:
         f"{claim['class']}.",
         "| estimand | limit | upper bound | δ | bound | class |\n|---|---|---|---|---|---|\n"
         f"{rows}",
-        f"Beside the claim ({diagnostics['note']}): {data['n']} prompts, one response each, "
-        f"{data['truncated']} cut at the length limit; mean cost {diagnostics['mean_cost']:.4g}, "
-        f"standard deviation {diagnostics['std_cost']:.4g}, skewness "
-        f"{diagnostics['skewness']:.3g}, worst {diagnostics['worst_costs'][0]:.4g}; harm rate by "
-        f"the cost model {100 * diagnostics['harm_rate']:.1f}%. A Student-t test in its place "
-        f"would err with probability about {diagnostics['student_t_error_estimate']:.3g}.",
+        f"Beside the claim ({diagnostics['note']}): {data['n']} prompts, "
+        f"{cost_words(record['plan'], data)}, {data['truncated']} cut at the length limit; mean "
+        f"cost {diagnostics['mean_cost']:.4g}, standard deviation {diagnostics['std_cost']:.4g}, "
+        f"skewness {diagnostics['skewness']:.3g}, worst {diagnostics['worst_costs'][0]:.4g}; harm "
+        f"rate by the cost model {100 * diagnostics['harm_rate']:.1f}%. A Student-t test in its "
+        f"place would err with probability about {diagnostics['student_t_error_estimate']:.3g}.",
         _origin(record),
         f"`hcrlhf verify {CERTIFICATE_FILE}` recomputes all of this without a model. Hash: "
         f"`{record['hash']}`.",

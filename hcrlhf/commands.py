@@ -16,7 +16,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.gate import SEALED_FILE
 from hcrlhf.hashing import json_hash, read_json, sealed_hash, write_json, write_text
 from hcrlhf.methods import METHODS, Betting, Bound
-from hcrlhf.tables import certify, read_table, retrospective_page
+from hcrlhf.tables import certify, read_table
 from hcrlhf.verify import verify
 
 PASSED, NO_SOLUTION, FAILED = 0, 3, 5
@@ -146,7 +146,7 @@ def certify_main(arguments: Sequence[str]) -> int:
         except OSError as error:
             raise InputError(f"--out {options.out} is no folder ({error.strerror})") from error
         write_json(options.out / cert.CERTIFICATE_FILE, record)
-        write_text(options.out / cert.PAGE_FILE, retrospective_page(record))
+        write_text(options.out / cert.PAGE_FILE, cert.certificate_page(record))
         print(f"wrote {options.out / cert.CERTIFICATE_FILE} and {cert.PAGE_FILE}")
     return PASSED
 

@@ -8,17 +8,17 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from hcrlhf.certificate import certificate_page, environment, make_certificate, make_claim
+from hcrlhf.certificate import environment, make_certificate
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import file_sha256, sealed_hash, sha256
+from hcrlhf.hashing import file_sha256, sha256
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
 
@@ -199,7 +199,7 @@ def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
         np.zeros((len(order), 1), dtype=np.bool_),
     )
     digest = file_sha256(table.path)
-    record = make_certificate(
+    return make_certificate(
         constraints,
         samples,
         [sha256("prompt", sha256("salt", digest), key) for key in samples.keys],
@@ -208,8 +208,6 @@ def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
         source={"file": table.path.name, "file_sha256": digest, **table.describe()},
         package_versions=environment("numpy", "scipy"),
     )
-    record["claim"] = retrospective_claim(constraints, record["data"])
-    return record | {"hash": sealed_hash(record)}
 
 
 PROMPT_LIKE = re.compile(
@@ -248,50 +246,3 @@ def require_aggregate(estimands: Sequence[str], aggregate: str | None) -> None:
                 f"the mean cost of several responses says nothing about {lost[estimand]}; for a "
                 f"{estimand} take --aggregate max (the worst response counts)"
             )
-
-
-# The words of a certificate are those of certificate.py, which knows one response per prompt; these
-# say what a prompt and its cost were in the table.
-ONE_EACH = "one response each"
-UNITED = {"mean": "the mean", "max": "the largest"}
-
-
-def retrospective_claim(
-    constraints: Sequence[Constraint], data: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The claim of a certificate from its bounds and its `data`; see `make_claim`."""
-    claim = make_claim(constraints, plan=None)
-    population = claim["population"].replace(ONE_EACH, cost_words(data))
-    return claim | {"population": population}
-
-
-def retrospective_page(record: Mapping[str, Any]) -> str:
-    """The certificate as a page of Markdown."""
-    prompts = f"{record['data']['n']} prompts, "
-    page = certificate_page(record)
-    return page.replace(prompts + ONE_EACH, prompts + cost_words(record["data"]), 1)
-
-
-def cost_words(data: Mapping[str, Any]) -> str:
-    """What the cost of each prompt was made of.
-
-    Older certificates do not record it: they say one response, whatever it was.
-
-    Raises:
-        InputError: no table gives what is recorded.
-    """
-    if data["responses_per_prompt"] == 1:
-        return ONE_EACH
-    aggregate, prompt = data["aggregate"], data["prompt_column"]
-    fewest, most = (data["responses_per_prompt"][key] for key in ("min", "max"))
-    counted = type(fewest) is int and type(most) is int and 1 <= fewest <= most
-    united = aggregate in UNITED or (aggregate is None and most == 1)
-    if not (counted and united and (most == 1 or prompt is not None)):
-        raise InputError(
-            f"no table gives {repr(fewest)[:20]} to {repr(most)[:20]} responses per prompt, by "
-            f"aggregate {repr(aggregate)[:20]} and prompt column {repr(prompt)[:20]}"
-        )
-    if most > 1:
-        count = most if fewest == most else f"{fewest} to {most}"
-        return f"one cost each, {UNITED[aggregate]} of its {count} responses"
-    return ONE_EACH if prompt is not None else f"every row counted as one, {ONE_EACH}"

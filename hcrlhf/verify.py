@@ -28,9 +28,7 @@ from hcrlhf.safety import CostSamples
 from hcrlhf.tables import (
     Table,
     require_aggregate,
-    retrospective_claim,
     retrospective_order,
-    retrospective_page,
 )
 
 Outcome = Literal["ok", "FAILED", "not checked"]
@@ -208,11 +206,7 @@ def _bounds(record: Mapping[str, Any]) -> list[Check]:
 def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
     """The claim, the diagnostics and the page say what the bounds say."""
     constraints = _constraints(record["bounds"], len(record["data"]["prompts"]))
-    retrospective = record["kind"] == "retrospective"
-    if retrospective:
-        claim = retrospective_claim(constraints, record["data"])
-    else:
-        claim = cert.make_claim(constraints, record["plan"])
+    claim = cert.make_claim(constraints, record["plan"], record["data"])
     found = cert.diagnose(constraints, _samples(record).costs[:, 0, 0])
     said = record["diagnostics"]
     agrees = set(said) == set(found) and all(_agree(said[key], found[key]) for key in found)
@@ -222,7 +216,7 @@ def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
     ]
     page = path.with_name(cert.PAGE_FILE)
     if page.is_file():
-        written = (retrospective_page if retrospective else cert.certificate_page)(record)
+        written = cert.certificate_page(record)
         results.append(_same(f"the page {page.name}", page.read_bytes(), written.encode()))
     else:
         results.append(Check(f"the page {page.name}", "not checked", "not beside the certificate"))

@@ -63,6 +63,7 @@ from hcrlhf.safety import CostSamples
 seeded = settings(deadline=None, derandomize=True, max_examples=50)
 
 N = 40
+ONE_EACH = {"responses_per_prompt": 1}
 MEAN = Constraint("mean", 0.0, delta=0.05, safety_prompts=N, bound=StudentT())
 RATE = Constraint("harm_rate", 0.3, delta=0.1, safety_prompts=N)
 STAR = Constraint("mean", 0.5, delta=0.025, safety_prompts=N, lower=-4.0, upper=4.0)
@@ -549,7 +550,7 @@ def test_a_claim_says_error_probability_limit_and_whether_it_is_exact(
     sentence = claim_sentence([constraint])
     assert all(word in sentence for word in words)
     assert ("about at most" in sentence) == (constraint.rule.kind == "asymptotic")
-    assert make_claim([constraint], {})["class"] == constraint.rule.kind
+    assert make_claim([constraint], {}, ONE_EACH)["class"] == constraint.rule.kind
 
 
 def test_the_claim_is_one_joint_sentence_about_the_limits() -> None:
@@ -569,23 +570,23 @@ def test_no_bound_that_was_found_is_ever_claimed() -> None:
         for bound in record["bounds"]:
             upper = bound["found"]["upper"]
             assert f"{upper:.3g}" not in claim and round_up(upper) not in claim
-        assert record["claim"] == make_claim(constraints, {})  # from the limits alone
+        assert record["claim"] == make_claim(constraints, {}, ONE_EACH)  # from the limits alone
 
 
 def test_a_joint_claim_is_of_the_weakest_class_and_the_largest_granted_delta() -> None:
     assert weakest_class([STAR, RATE]) == "exact"
     assert weakest_class([STAR, RATE, MEAN]) == weakest_class([TAIL]) == "asymptotic"
-    claim = make_claim([STAR.granted(0.00625), RATE.granted(0.0125), TAIL], {})
+    claim = make_claim([STAR.granted(0.00625), RATE.granted(0.0125), TAIL], {}, ONE_EACH)
     assert claim["class"] == "asymptotic"
     assert claim["error_probability"] == 0.05
     assert claim["sentence"].endswith("with a probability of about at most 5%.")
-    exact = make_claim([STAR.granted(0.00625), RATE.granted(0.0125)], {})
+    exact = make_claim([STAR.granted(0.00625), RATE.granted(0.0125)], {}, ONE_EACH)
     assert (exact["class"], exact["error_probability"]) == ("exact", 0.0125)
     assert exact["sentence"].endswith("with a probability of at most 1.25%.")
 
 
 def test_a_claim_lists_limits_and_every_assumption_once() -> None:
-    claim = make_claim([STAR, RATE, replace(STAR, threshold=1.0)], {})
+    claim = make_claim([STAR, RATE, replace(STAR, threshold=1.0)], {}, ONE_EACH)
     assert claim["limits"] == [limit_sentence(c) for c in (STAR, RATE)] + [
         "the average cost of a response is at most 1"
     ]
@@ -601,10 +602,10 @@ def test_a_claim_about_a_squashed_cost_says_so() -> None:
         "The cost is squashed into [-4, 4]; of the average of the cost before that, nothing is "
         "claimed."
     )
-    assert make_claim([STAR], {})["not_covered"] == f"{NOT_COVERED} {words}"
-    assert make_claim([RATE, STAR], {})["not_covered"] == f"{NOT_COVERED} {words}"
+    assert make_claim([STAR], {}, ONE_EACH)["not_covered"] == f"{NOT_COVERED} {words}"
+    assert make_claim([RATE, STAR], {}, ONE_EACH)["not_covered"] == f"{NOT_COVERED} {words}"
     for constraints in ([MEAN], [RATE, TAIL]):
-        assert make_claim(constraints, {})["not_covered"] == NOT_COVERED
+        assert make_claim(constraints, {}, ONE_EACH)["not_covered"] == NOT_COVERED
     # The plan says whether there was a squash, or the cost function keeps to the range by itself.
     for squash, own, said in (
         (4.0, [-4.0, 4.0], f"{NOT_COVERED} {words}"),
@@ -613,14 +614,14 @@ def test_a_claim_about_a_squashed_cost_says_so() -> None:
         (None, None, f"{NOT_COVERED} {words}"),
     ):
         plan = {"provenance": {"squash": squash, "cost_model": {"range": own}}}
-        assert make_claim([STAR], plan)["not_covered"] == said
+        assert make_claim([STAR], plan, ONE_EACH)["not_covered"] == said
 
 
 @pytest.mark.parametrize("constraints", [[STAR], [MEAN, RATE]])
 def test_a_retrospective_claim_says_that_nothing_was_committed_to(
     constraints: list[Constraint],
 ) -> None:
-    claim = make_claim(constraints, None)
+    claim = make_claim(constraints, None, ONE_EACH)
     for words in (
         COST_MODEL,
         "drawn like those of the table",

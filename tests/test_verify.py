@@ -418,7 +418,7 @@ def honest_again(record: Record) -> None:
     )
     record["bounds"] = cert.describe_bounds(constraints, cert.judge(constraints, samples))
     record["plan"]["constraints"] = [c.describe() for c in constraints]
-    record["claim"] = cert.make_claim(constraints, record["plan"])
+    record["claim"] = cert.make_claim(constraints, record["plan"], record["data"])
     record["diagnostics"] = cert.diagnose(constraints, costs[:, 0])
     record["plan_hash"] = json_hash(record["plan"])
 
