@@ -122,7 +122,8 @@ class Scorer(ABC):
         """Loads what it needs and scores two tiny examples, before any training.
 
         Raises:
-            InputError: it is not for this slot, or does not give two finite numbers.
+            InputError: it is not for this slot, does not give two finite numbers, or gives others
+                for each example alone.
         """
         if self.squash is not None:
             check_squash(self.squash, slot)
@@ -132,12 +133,23 @@ class Scorer(ABC):
         try:
             scores = self.checked(PROBE_PROMPTS, PROBE_RESPONSES)
             self.require_range(scores)
+            pairs = zip(PROBE_PROMPTS, PROBE_RESPONSES, strict=True)
+            alone = np.concatenate([self.checked([prompt], [text]) for prompt, text in pairs])
         except RuntimeError as error:
             raise InputError(f"{slot}: {error}") from error
         if not np.isfinite(scores).all():
             raise InputError(
                 f"{slot}: {self.name} gave {scores.tolist()} for two short responses; expected "
                 "finite numbers"
+            )
+        # Half precision and padding move a score a little; what a batch is compared with moves all.
+        width = 1.0 if self.lower is None or self.upper is None else self.upper - self.lower
+        room = 0.05 * np.maximum(np.abs(scores), width)
+        if not (np.abs(scores - alone) <= room).all():
+            raise InputError(
+                f"{slot}: {self.name} gave {scores.tolist()} for two short responses, but "
+                f"{alone.tolist()} for each alone; a score may depend neither on what else is in "
+                "the batch nor on chance, or the costs of a safety test are not independent"
             )
         if slot == "cost":
             self.provenance()  # refuses now what the plan of the safety test could not name

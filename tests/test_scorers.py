@@ -110,6 +110,19 @@ def greedy(prompts: list[Any], responses: list[str]) -> list[int]:
     return [1, 2]
 
 
+def ranked(prompts: list[Any], responses: list[str]) -> Any:
+    return np.argsort(np.argsort([len(response) for response in responses])) / len(responses)
+
+
+def chance(prompts: list[Any], responses: list[str]) -> Any:
+    return np.random.default_rng().normal(size=len(responses))
+
+
+def half(prompts: list[Any], responses: list[str]) -> Any:
+    """As a model in half precision, which padding moves by its last digits."""
+    return [len(r) * (1 + 0.01 * len(responses)) for r in responses]
+
+
 NOT_A_FUNCTION = 3
 
 
@@ -126,6 +139,8 @@ NOT_A_FUNCTION = 3
         ("nan", r"nan gave \[nan, nan\] for two short responses; expected finite numbers"),
         ("raising", rf"cost: {HERE}.raising raised KeyError: 'no such.*word'$"),
         ("leaving", rf"cost: {HERE}.leaving raised SystemExit: 0$"),
+        ("ranked", r"gave \[0.5, 0.0\] for two .* but \[0.0, 0.0\] for each alone"),
+        ("chance", "a score may depend neither on what else is in the batch nor on chance"),
     ],
 )
 def test_a_function_that_does_not_score_is_refused_before_training(name: str, message: str) -> None:
@@ -133,6 +148,10 @@ def test_a_function_that_does_not_score_is_refused_before_training(name: str, me
         PythonScorer(f"{HERE}.{name}").prepare("cost")
     assert "\n" not in str(caught.value)
     assert f"{HERE}.{name}" in str(caught.value)
+
+
+def test_a_score_may_differ_by_rounding_from_one_batch_to_another() -> None:
+    PythonScorer(f"{HERE}.half").prepare("cost")
 
 
 @pytest.mark.parametrize(
@@ -231,7 +250,7 @@ def test_a_cost_that_declares_its_range_keeps_to_it() -> None:
     # What is not a number is for the caller to refuse, and rounding is not a broken promise.
     rounded = PythonScorer(f"{HERE}.float32_ends", lower=-0.9, upper=0.1)
     rounded.prepare("cost")
-    assert rounded.checked(prompts, ["", ""]).tolist() == [0.1, float(np.float32(-0.9))]
+    assert rounded.checked(prompts, ["", "a"]).tolist() == [0.1, float(np.float32(-0.9))]
     nan = PythonScorer(f"{HERE}.nan", lower=0.0, upper=1.0)
     assert np.isnan(nan.checked([user_turn("a")], ["x"])).all()
 
@@ -432,9 +451,9 @@ def read(path: Path) -> Any:
 
 
 def float32_ends(prompts: list[Any], responses: list[str]) -> np.ndarray:
-    """Ends of [-0.9, 0.1] as float32 arithmetic gives them: 1 - 0.9 is 0.100000024."""
-    ones, zeros = np.ones(1, np.float32), np.zeros(1, np.float32)
-    return np.concatenate([ones - np.float32(0.9), zeros - np.float32(0.9)])
+    """Ends of [-0.9, 0.1] as float32 arithmetic gives them: 1 - 0.9 is 0.100000024. High without an a."""
+    high = ["a" not in response for response in responses]
+    return np.array(high, np.float32) - np.float32(0.9)
 
 
 def briefness(prompts: list[Any], responses: list[str]) -> list[float]:
