@@ -8,6 +8,7 @@ from typing import Any, cast
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
 
 from hcrlhf.constraint import with_etas
 from hcrlhf.errors import InputError
@@ -22,7 +23,11 @@ class BestCandidate(Callback):
     """Looks at the policy now and then, and ends training with the best one it saw.
 
     A multiplier swings about its level, so the last policy of a run may stand on either side of a
-    limit. Every look answers the validation prompts, each time with the same random numbers. The
+    limit, and those on the right side are not the ones with the most reward. What settles in
+    primal-dual training is the mean of its policies (Nedić & Ozdaglar 2009): with `average` a look
+    sees that, as an exponential mean of the adapter's weights.
+
+    Every look answers the validation prompts, each time with the same random numbers. The
     candidate is the policy with the highest mean reward among those whose safety test is forecast
     to be passed (`Constraint.pass_probability`) with probability 1 - miss_probability; with several
     constraints each is given its share of the miss, as in training. The best of many looks owes
@@ -41,22 +46,33 @@ class BestCandidate(Callback):
         start: share of the run before the first look, in [0, 1].
         batch_size: validation prompts that are answered together, at most (the module may split
             them).
+        average: share of the run over which the weights are averaged, in [0, 1): about the period
+            of the multiplier's swings. 0 takes them as they are. Training goes on with the latter.
 
     Raises:
         InputError: the module is no policy.
     """
 
     def __init__(
-        self, every_n_updates: int = 10, start: float = 0.5, batch_size: int = 100
+        self,
+        every_n_updates: int = 10,
+        start: float = 0.5,
+        batch_size: int = 100,
+        average: float = 0.0,
     ) -> None:
         for name, value in (("every_n_updates", every_n_updates), ("batch_size", batch_size)):
             if value < 1:
                 raise InputError(f"{name} is a whole number >= 1, got {value}")
+        if not 0 <= average < 1:
+            raise InputError(f"average is a share of the run in [0, 1), got {average}")
         if not 0 <= start <= 1:
             raise InputError(f"start is a share of the run in [0, 1], got {start}")
         self.every_n_updates = every_n_updates
         self.start = start
         self.batch_size = batch_size
+        self.average = average
+        self._mean: dict[str, Tensor] = {}
+        self._averaged = 0  # updates in it
         self._best: list[dict[str, Any]] = []  # the likely ones first, by reward; then by chance
         self._last: dict[str, Any] = {}  # of a run that ended with another policy
 
@@ -84,11 +100,33 @@ class BestCandidate(Callback):
     ) -> None:
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         update = cast(SafetyTestable, pl_module).updates
+        if self.average > 0:
+            window = self.average * data.updates
+            self._add_to_mean(cast(OffersCandidates, pl_module).policy_state(), window)
         due = trainer.is_last_batch or update % self.every_n_updates == 0
         if due and update >= self.start * data.updates:
             self._look(data, pl_module, update)
 
+    def _add_to_mean(self, state: dict[str, Tensor], window: float) -> None:
+        """w̄ ← w̄ + (w - w̄) / min(t, window) with t = 1, 2, …: the plain mean of the first ones."""
+        self._averaged += 1
+        share = 1 / max(1.0, min(self._averaged, window))
+        self._mean = {
+            name: weights.lerp(self._mean.get(name, weights), 1 - share)
+            for name, weights in state.items()
+        }
+
     def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
+        module = cast(OffersCandidates, pl_module)
+        if self.average == 0:
+            self._rank(data, pl_module, update)
+            return
+        own = module.policy_state()
+        module.load_policy_state(self._mean, update)
+        self._rank(data, pl_module, update)
+        module.load_policy_state(own, update)
+
+    def _rank(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
         module = cast(OffersCandidates, pl_module)
         rewards, costs = self._answered(data, pl_module, "predict")
         chances, likely = self._chances(module, costs)
@@ -155,10 +193,17 @@ class BestCandidate(Callback):
         rank_zero_info(f"the candidate is the policy after update {look['update']}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self._best), "last": dict(self._last)}
+        return {
+            "best": list(self._best),
+            "last": dict(self._last),
+            "mean": dict(self._mean),
+            "averaged": self._averaged,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._last = list(state_dict["best"]), dict(state_dict["last"])
+        self._mean = dict(state_dict.get("mean", {}))  # older checkpoints have none
+        self._averaged = int(state_dict.get("averaged", 0))
 
 
 def named(module: OffersCandidates, chances: Sequence[float]) -> str:

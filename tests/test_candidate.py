@@ -85,16 +85,18 @@ class Run:
     def load_policy_state(self, state: dict[str, torch.Tensor], update: int) -> None:
         self.weights, self.candidate = state["w"], update
 
-    def fit(self, callback: BestCandidate, begin: int = 0) -> None:
+    def fit(self, callback: BestCandidate, begin: int = 0, broken: int | None = None) -> None:
+        """To the end, or until it breaks off after `broken` updates."""
         self.updates = begin
         callback.on_train_start(self.trainer, self)  # type: ignore[arg-type]
         self.began_with = self.weights.item()
-        for update in range(begin + 1, self.trainer.datamodule.updates + 1):
+        for update in range(begin + 1, (broken or self.trainer.datamodule.updates) + 1):
             self.updates = update
             self.weights = torch.tensor([float(update)])
             self.trainer.is_last_batch = update == self.trainer.datamodule.updates
             callback.on_train_batch_end(self.trainer, self, None, None, update - 1)  # type: ignore[arg-type]
-        callback.on_train_epoch_end(self.trainer, self)  # type: ignore[arg-type]
+        if broken is None:
+            callback.on_train_epoch_end(self.trainer, self)  # type: ignore[arg-type]
 
 
 def test_the_best_policy_that_is_likely_to_pass_is_the_candidate() -> None:
@@ -125,6 +127,33 @@ def test_the_best_of_many_looks_has_to_pass_another_one(
     run.again |= {update: (0.0, cost) for update, cost in again.items()}
     run.fit(BestCandidate(every_n_updates=2, start=0.0))
     assert (run.candidate, run.weights.item()) == (candidate, float(candidate))
+
+
+def test_a_look_sees_the_mean_of_the_policies_and_training_goes_on_with_the_last_one() -> None:
+    # Policies 1, 2, 3, 4 have the means 1, 1.5, 2 and 2 + (4 - 2)/3; of these the whole part looks.
+    run = Run({1: (1.0, -1.0), 2: (2.0, -1.0)}, updates=4)
+    callback, seen = BestCandidate(every_n_updates=2, start=0.0, average=0.75), []
+    look = callback._look
+
+    def watched(data: Any, module: Any, update: int) -> None:
+        look(data, module, update)
+        seen.append((update, module.weights.item()))
+
+    callback._look = watched  # type: ignore[method-assign]
+    run.fit(callback)
+    assert seen == [(2, 2.0), (4, 4.0)]
+    assert run.candidate == 4 and run.weights.item() == pytest.approx(2 + 2 / 3)
+
+
+def test_the_mean_of_the_policies_survives_a_checkpoint() -> None:
+    looks = {number: (float(number), -1.0) for number in range(7)}
+    broken, whole, resumed = (Run(looks, updates=6) for _ in range(3))
+    before, after = (BestCandidate(every_n_updates=2, start=0.0, average=0.5) for _ in range(2))
+    whole.fit(BestCandidate(every_n_updates=2, start=0.0, average=0.5))
+    broken.fit(before, broken=3)
+    after.load_state_dict(before.state_dict())
+    resumed.fit(after, begin=3)
+    assert (resumed.candidate, resumed.weights) == (whole.candidate, whole.weights)
 
 
 def test_a_reward_that_is_not_a_number_is_never_the_best_one() -> None:
@@ -190,6 +219,7 @@ def test_a_finished_run_with_more_updates_goes_on_from_its_last_policy_not_from_
     [
         ({"every_n_updates": 0}, "every_n_updates is a whole number"),
         ({"batch_size": 0}, "batch_size is a whole number"),
+        ({"average": 1.0}, r"average is a share of the run in \[0, 1\), got 1.0"),
         ({"start": 1.5}, r"share of the run in \[0, 1\]"),
     ],
 )

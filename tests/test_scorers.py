@@ -451,7 +451,10 @@ def read(path: Path) -> Any:
 
 
 def float32_ends(prompts: list[Any], responses: list[str]) -> np.ndarray:
-    """Ends of [-0.9, 0.1] as float32 arithmetic gives them: 1 - 0.9 is 0.100000024. High without an a."""
+    """Ends of [-0.9, 0.1] as float32 arithmetic gives them: 1 - 0.9 is 0.100000024.
+
+    The upper one is that of a response without an a.
+    """
     high = ["a" not in response for response in responses]
     return np.array(high, np.float32) - np.float32(0.9)
 
