@@ -140,6 +140,12 @@ class SafetyTest(Callback):
                 "which writes its own in its place; remove it, or choose another "
                 "trainer.default_root_dir"
             )
+        if record is None and (self._folder(trainer) / certificate.CERTIFICATE_FILE).exists():
+            raise InputError(
+                f"{self._folder(trainer)} holds a {certificate.CERTIFICATE_FILE} that is of no run "
+                "there, and would be taken for this one's; move it, or choose another "
+                "trainer.default_root_dir"
+            )
         # Training aims at what this test will be granted, not at what was configured.
         self._configured = pl_module.constraints
         pl_module.constraints = self._gate(trainer).grant(self._configured)
@@ -186,8 +192,9 @@ class SafetyTest(Callback):
         self._encoded = {key: value for key, value in encoded.items() if value is not None}
         pool = [key for key in safety if key in self._encoded]
         stages = cast(SafetyTestable, pl_module).training_prompt_keys()
-        # Once more: a checkpoint, which is loaded by now, brings the prompts that it has seen.
-        require_disjoint(safety, stages, "safety", "earlier stages'")
+        # It is loaded by now.
+        seen = cast(SafetyTestable, pl_module).checkpoint_prompts
+        require_disjoint(safety, seen, "safety", "the checkpoint's training")
         self._population = Population(
             pool,
             left_out=len(safety) - len(pool),

@@ -24,7 +24,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.stages import BackboneSource
 from hcrlhf.text import Tokens, one_line
 
-# The backbone without any adapter; also PEFT's own word for it in `adapter_names`.
+# The backbone without any adapter.
 BASE = "__base__"
 HEAD_FILE = "head.safetensors"
 LOGITS = 2**24
@@ -228,6 +228,15 @@ class Backbone(nn.Module):
                     f"LoRA does not fit this model ({one_line(error)}); expected target_modules to "
                     'name its linear layers, or "all-linear"'
                 ) from error
+        # PEFT adapts these too, but they would be left out where several roles are read at once.
+        other = [
+            n for n, m in self.model.named_modules() if name in getattr(m, "lora_embedding_A", ())
+        ]
+        if other:
+            raise InputError(
+                f"LoRA on {other[0].rpartition('.')[2]} is not supported, which is an embedding; "
+                'expected target_modules to name linear layers, or "all-linear"'
+            )
         self.roles.append(name)
 
     def _finish_role(self, name: str, trainable: bool) -> None:

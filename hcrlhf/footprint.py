@@ -199,7 +199,7 @@ class AdaptedLinear(nn.Module):
         if not len(self.down) or not self.active:
             return result
         if len(self.active) > 1:
-            # As PEFT's mixed batches: each role's rows are taken out, adapted and added in place.
+            # Each role's rows are adapted and added in place.
             for role, rows in zip(self.active, x.chunk(len(self.active)), strict=True):
                 change = self._change(rows.clone(), role, result.dtype)
                 part = rows.shape[0] * self.active.index(role)

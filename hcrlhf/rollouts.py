@@ -186,6 +186,7 @@ def sample(
     truncated = torch.ones(count, dtype=torch.bool, device=device)
     rows = torch.arange(count, device=device)  # of the responses that are still being written
     mask, ids, position = prompts.attention_mask, prompts.input_ids, prompts.position_ids
+    broken = torch.zeros((), dtype=torch.bool, device=device)
     with backbone.inference():
         cache = DynamicCache(config=backbone.model.config)
         for t in range(max_response_tokens):
@@ -197,11 +198,7 @@ def sample(
                 use_cache=True,
             )
             logits = backbone.output_layer(output.logits[:, -1]).float() / decoding.temperature
-            if t == 0 and bool(logits.isnan().any()):  # once a rollout: asking waits for the device
-                raise FloatingPointError(
-                    "the policy gives no probabilities (NaN) for the first token of a response; "
-                    "nothing is drawn from that"
-                )
+            broken |= ~(logits.amax(dim=1).isfinite().all())  # NaN, +inf, or nothing but -inf
             chosen = draw(logits, randomness[rows, t])
             position = position[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
@@ -217,6 +214,11 @@ def sample(
                 rows, mask, position, chosen = rows[keep], mask[keep], position[keep], chosen[keep]
                 cache.batch_select_indices(keep.nonzero()[:, 0])
             ids = chosen[:, None]
+    if bool(broken):  # asked once a rollout, since asking waits for the device
+        raise FloatingPointError(
+            "the policy gives no probabilities (NaN or infinite logits) for a token of a response; "
+            "nothing is drawn from that"
+        )
     width = int(lengths.max())
     response_mask = torch.arange(width, device=device) < lengths[:, None]
     return Tokens(

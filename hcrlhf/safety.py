@@ -65,6 +65,11 @@ class SafetyTestable(Protocol):
     def training_prompt_keys(self) -> frozenset[str]:
         """Keys (first 32 hex digits) of every prompt that an earlier stage was trained on."""
 
+    @property
+    def checkpoint_prompts(self) -> frozenset[str]:
+        """Keys of what the policy of a loaded checkpoint has seen; of these a plan says nothing, so
+        that `test` finds the plan that `fit` began."""
+
 
 @runtime_checkable
 class OffersCandidates(Protocol):

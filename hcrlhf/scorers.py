@@ -9,10 +9,13 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import os
 import traceback
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +26,7 @@ import torch
 from hcrlhf.classifier import Classifier, Dtype, load_classifier
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message, user_turn
-from hcrlhf.hashing import file_sha256, sha256, source_file
+from hcrlhf.hashing import file_sha256, json_hash, sha256, source_file
 from hcrlhf.preferences import check_squash, squash_range
 from hcrlhf.samples import Floats
 from hcrlhf.stages import ScoreMoments, fingerprint, read_classifier_stage, read_prompt_keys
@@ -35,6 +38,7 @@ Dialogue = Sequence[Message]
 # Two, so that a single number for a whole batch is noticed.
 PROBE_PROMPTS = (user_turn("Hello, how are you?"), user_turn("Name a colour."))
 PROBE_RESPONSES = ("Fine, thanks.", "Blue.")
+HEX = frozenset("0123456789abcdef")
 
 
 class Scorer(ABC):
@@ -56,6 +60,7 @@ class Scorer(ABC):
     lower: float | None = None
     upper: float | None = None
     _init_args: Mapping[str, Any] = {}  # as given, for the plan of a safety test
+    _opaque: Sequence[str] = ()  # those whose contents it could not name
     # Whether the zero of the score is known to mean nothing (trained without sign terms).
     arbitrary_zero = False
 
@@ -94,7 +99,13 @@ class Scorer(ABC):
         except TypeError:  # for __init__ to refuse; or a copy, which brings them along
             return scorer
         bound.apply_defaults()
-        scorer._init_args = {k: plain(v) for k, v in [*bound.arguments.items()][1:]}
+        given, opaque = {}, []
+        for name, value in [*bound.arguments.items()][1:]:
+            try:
+                given[name] = plain(value)
+            except (TypeError, InputError):  # the latter by a scorer within
+                opaque.append(f"{name} is a {type(value).__name__}")
+        scorer._init_args, scorer._opaque = given, opaque
         return scorer
 
     @abstractmethod
@@ -150,6 +161,11 @@ class Scorer(ABC):
                 f"{slot}: {self.name} gave {scores.tolist()} for two short responses, but "
                 f"{alone.tolist()} for each alone; a score may depend neither on what else is in "
                 "the batch nor on chance, or the costs of a safety test are not independent"
+            )
+        if any(len(k) < 32 or set(k[:32]) - HEX for k in self.training_prompt_keys()):
+            raise InputError(
+                f"{slot}: training_prompt_keys of {self.name} gives something else than "
+                "hcrlhf.examples.prompt_key of prompts"
             )
         if slot == "cost":
             self.provenance()  # refuses now what the plan of the safety test could not name
@@ -225,11 +241,24 @@ class Scorer(ABC):
         return source_hash(type(self), self.name)
 
     def provenance(self) -> dict[str, Any]:
-        """What the plan of a safety test commits to where this is the cost."""
+        """What the plan of a safety test commits to where this is the cost.
+
+        Of its arguments a hash: plan and certificate are for others to read, and one of them may be
+        the key of a service.
+
+        Raises:
+            InputError: an argument is an object whose contents no plan can name.
+        """
         cls = type(self)
+        if self._opaque:
+            raise InputError(
+                f"cost: {self.name} was given objects that the plan of a safety test cannot tell "
+                f"from others of their kind ({', '.join(self._opaque)}); let it take texts, "
+                "numbers, lists, paths, enums or dataclasses"
+            )
         return {
             "class_path": f"{cls.__module__}.{cls.__qualname__}",
-            "init_args": self._init_args,
+            "init_args_hash": json_hash(self._init_args),
             "source": self._source,
             "squash": self.squash,
             "range": self.cost_range and list(self.cost_range),
@@ -241,7 +270,20 @@ class Scorer(ABC):
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON can hold it: of an object its class."""
+    """A setting as JSON can hold it.
+
+    Raises:
+        TypeError: it is, or holds, an object of which this does not know what is in it.
+    """
+    if isinstance(value, Enum):
+        return [f"{type(value).__module__}.{type(value).__qualname__}", value.name]
+    if is_dataclass(value) and not isinstance(value, type):
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        return [name, {f.name: plain(getattr(value, f.name)) for f in fields(value)}]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        value = value.item()
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -250,7 +292,11 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    return f"{type(value).__module__}.{type(value).__qualname__}"
+    if isinstance(value, Scorer):
+        return value.provenance()
+    if isinstance(value, type) or inspect.isroutine(value):
+        return f"{value.__module__}.{value.__qualname__}"
+    raise TypeError(type(value).__name__)
 
 
 def one_per_response(scores: Any, count: int, name: str) -> Floats:

@@ -362,7 +362,12 @@ def require_own_base(folder: Path, source: BackboneSource, own: str) -> None:
         InputError: its base model has other weights, or cannot be found to be compared.
     """
     config = _record(folder / "adapter_config.json")
-    named, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    named, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not isinstance(named, str):
+        raise InputError(
+            f"policy: the adapter in {folder} does not say which model it was made for; write a "
+            "folder or hub id of it as base_model_name_or_path into its adapter_config.json"
+        )
     if (named, revision) == (source.model, source.revision):
         return
     place = named if Path(named).is_dir() else _resolve(str(folder), named)
@@ -376,8 +381,10 @@ def require_own_base(folder: Path, source: BackboneSource, own: str) -> None:
         ) from error
     if theirs != own:
         raise InputError(
-            f"policy: the adapter in {folder} was made for {named}, whose weights are not those of "
-            f"{source.model}; it would be tested on the one and used on the other"
+            f"policy: the adapter in {folder} was made for {named}, whose config or weight "
+            f"files are not those of {source.model}; it would be tested on the one and used on the "
+            "other. Where they are the same model, write that folder as base_model_name_or_path "
+            "into its adapter_config.json"
         )
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -194,24 +194,29 @@ class Policy(ScoredPolicy):
             )
 
     def setup(self, stage: str) -> None:
+        data = getattr(self.trainer, "datamodule", None)
+        if stage == "fit" and not isinstance(data, HoldsSafetyPrompts):
+            raise InputError(
+                "a policy is trained on the prompts of a data module like datamodules.Prompts, "
+                "which knows what a checkpoint and a safety test must know of them; got "
+                f"{type(data).__name__}"
+            )
         super().setup(stage)
         self.dual.constraints = self.constraints  # with the range that the cost model brought
         if stage == "fit":
-            self.dual.validation_prompts = self._count_validation_prompts()
+            prompts = cast(HoldsSafetyPrompts, data)
+            self.dual.validation_prompts = self._count_validation_prompts(prompts)
             self._check_minibatches()
             self._read_demonstrations()
 
-    def _count_validation_prompts(self) -> int | None:
-        """m, on which `callbacks.BestCandidate` looks at a policy; None without such a data module.
+    def _count_validation_prompts(self, data: HoldsSafetyPrompts) -> int:
+        """m, on which `callbacks.BestCandidate` looks at a policy.
 
         Prompts that are too long for the policy are not looked at, and not counted.
 
         Raises:
             InputError: too few to know a spread from.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, HoldsSafetyPrompts):
-            return None
         count = sum(self.encode(prompt) is not None for prompt in data.validation_prompts)
         check_validation_prompts(count)
         return count
@@ -625,9 +630,7 @@ class Policy(ScoredPolicy):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        data: HoldsSafetyPrompts = self.trainer.datamodule  # type: ignore[attr-defined]
-        seen = self.training_prompt_keys() | data.training_keys
-        checkpoint["training_prompts"] = packed_keys(seen)
+        checkpoint["training_prompts"] = packed_keys(self.prompts_seen)
         checkpoint["policy"] = {
             "updates": self.updates,
             "candidate": self.candidate,

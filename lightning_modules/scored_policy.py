@@ -149,6 +149,7 @@ class ScoredPolicy(AdapterModule):
         self.updates = 0
         self.candidate: int | None = None  # the update whose policy is tested; None: the last one
         self.checkpoint_prompts: frozenset[str] = frozenset()  # that a loaded checkpoint has seen
+        self._stage_prompts: frozenset[str] | None = None
         self._cost_files: dict[str, str] = {}
         self._validation: list[tuple[Tensor, Floats, Tensor]] = []
 
@@ -294,13 +295,14 @@ class ScoredPolicy(AdapterModule):
         self.reference = REFERENCE if sft_adapter else BASE
         if sft_adapter:
             backbone.load_role(REFERENCE, folders["sft"], trainable=False)
-        if "cost" in folders:
-            # Now and not when the plan is written: what is in the folder then may be another model.
-            folder = Path(folders["cost"])
-            self._cost_files = {n: file_sha256(folder / n) for n in (ADAPTER_FILE, HEAD_FILE)}
         for role in self._inner_roles:
             backbone.load_role(role, folders[role], trainable=False)
             backbone.add_head(role, trainable=False, state=load_head(folders[role]))
+        # Now and not when they are asked for: what is in the folders then may be other models.
+        if "cost" in folders:
+            folder = Path(folders["cost"])
+            self._cost_files = {n: file_sha256(folder / n) for n in (ADAPTER_FILE, HEAD_FILE)}
+        self.training_prompt_keys()
         self.backbone = backbone
 
     def _check_given(self, folder: Path) -> None:
@@ -609,8 +611,7 @@ class ScoredPolicy(AdapterModule):
             adapter=True,
             metrics={},
         )
-        data = cast(HoldsSafetyPrompts, cast(Any, self.trainer).datamodule)
-        write_stage(folder, stage, self.training_prompt_keys() | data.training_keys)
+        write_stage(folder, stage, self.prompts_seen)
 
     def provenance(self) -> dict[str, Any]:
         return {
@@ -641,7 +642,15 @@ class ScoredPolicy(AdapterModule):
         return {**self._cost_files, **self.backbone.scale_settings("cost")}
 
     def training_prompt_keys(self) -> frozenset[str]:
-        given = [] if self.given is None else [self.given]
-        folders = [read_prompt_keys(folder) for folder in (*self.folders.values(), *given)]
-        scorers = [s.training_prompt_keys() for s in self.scorers.values()]
-        return self.checkpoint_prompts.union(*folders, *scorers)
+        if self._stage_prompts is None:
+            given = [] if self.given is None else [self.given]
+            folders = [read_prompt_keys(folder) for folder in (*self.folders.values(), *given)]
+            scorers = [s.training_prompt_keys() for s in self.scorers.values()]
+            self._stage_prompts = frozenset().union(*folders, *scorers)
+        return self._stage_prompts
+
+    @property
+    def prompts_seen(self) -> frozenset[str]:
+        """Keys of every prompt that the policy, or a model it was trained with, has seen."""
+        data = cast(HoldsSafetyPrompts, cast(Any, self.trainer).datamodule)
+        return self.training_prompt_keys() | self.checkpoint_prompts | data.training_keys

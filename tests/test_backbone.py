@@ -751,6 +751,12 @@ def test_a_lora_rank_below_one_is_refused() -> None:
         LoraOptions(r=0)
 
 
+def test_lora_on_an_embedding_is_an_input_error(bare: Backbone) -> None:
+    options = LoraOptions(target_modules=["q_proj", "embed_tokens"])
+    with pytest.raises(InputError, match="LoRA on embed_tokens is not supported"):
+        bare.add_role("actor", options, trainable=True)
+
+
 def test_target_modules_that_name_no_layer_are_an_input_error(bare: Backbone) -> None:
     with pytest.raises(InputError, match="expected target_modules to name its linear layers"):
         bare.add_role("actor", LoraOptions(target_modules=["c_attn"]), trainable=True)

@@ -390,11 +390,20 @@ def test_sampling_restores_the_training_mode_after_an_error(backbone: Backbone) 
     assert all(module.training for module in backbone.modules())
 
 
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("token", [0, 2])
 def test_nothing_is_drawn_from_probabilities_that_are_no_numbers(
-    backbone: Backbone,
+    backbone: Backbone, token: int, wrong: float
 ) -> None:
     layer: Any = backbone.output_layer
-    hook = layer.register_forward_hook(lambda module, given, logits: logits * math.nan)
+    tokens = itertools.count()
+
+    def broken(module: Any, given: Any, logits: torch.Tensor) -> torch.Tensor:
+        if next(tokens) == token:
+            logits[-1] = wrong
+        return logits
+
+    hook = layer.register_forward_hook(broken)
     try:
         with pytest.raises(FloatingPointError, match="no probabilities"):
             sample(backbone, prompts(), SEEDS, PLAIN, LIMIT, STOPS, PAD)

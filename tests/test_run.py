@@ -505,6 +505,44 @@ def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
     assert main(["verify", str(root / "certificate.json")]) == PASSED
 
 
+def test_a_test_that_fit_began_is_ended_by_the_test_of_its_checkpoint(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from callbacks import SafetyTest
+
+    root = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetyTest, "_sample", broken)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *ALWAYS, tested())
+    plan = (root / "plan.json").read_bytes()
+    checkpoint = ["--ckpt_path", str(root / "checkpoints" / "last.ckpt")]
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS, tested()), *checkpoint]) == PASSED
+    assert (root / "plan.json").read_bytes() == plan
+    assert read(root / "certificate.json")["ledger"]["test"] == 1
+
+
+def test_stages_that_change_during_a_run_are_remembered_as_they_were_loaded(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_modules import Policy, scored_policy
+
+    root, step = tmp_path / "run", Policy.training_step
+
+    def changing(self: Policy, *arguments: Any) -> None:
+        monkeypatch.setattr(scored_policy, "read_prompt_keys", lambda folder: frozenset())
+        monkeypatch.setattr(scored_policy, "file_sha256", lambda path: "0" * 64)
+        step(self, *arguments)
+
+    monkeypatch.setattr(Policy, "training_step", changing)
+    assert fit(demo, root, *ALWAYS, tested()) == PASSED
+    honest, ours = demo / "policy", root
+    for path in ("policy/training_prompts.txt", "policy/adapter_config.json"):
+        assert (ours / path).read_bytes() == (honest / path).read_bytes()
+    cost = [read(folder / "plan.json")["provenance"]["cost_model"] for folder in (ours, honest)]
+    assert cost[0] == cost[1] and "0" * 64 not in str(cost)
+
+
 def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -711,7 +749,7 @@ def test_a_checkpoint_tells_a_test_what_it_was_trained_on(
     checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
     root = tmp_path / "run"
     assert main(["test", *policy_arguments(demo, root, *ALWAYS, *data), *checkpoint]) == 2
-    assert "safety prompts are also earlier stages' prompts" in capsys.readouterr().err
+    assert "safety prompts are also the checkpoint's training prompts" in capsys.readouterr().err
     assert not (root / "verdict.json").exists() and not (tmp_path / "ledger.jsonl").exists()
     assert main(["test", *policy_arguments(demo, root, *ALWAYS), *checkpoint]) == PASSED
     seen = read_prompt_keys(str(root / "policy"))
@@ -727,6 +765,17 @@ def test_another_folder_in_the_place_of_the_policy_is_not_replaced(
     assert fit(demo, tmp_path / "run", *ALWAYS) == 2
     assert "policy is there already, without a PASS of this run" in capsys.readouterr().err
     assert mine.is_file()
+
+
+def test_a_certificate_of_no_run_does_not_come_to_lie_beside_a_verdict(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    shutil.copy(demo / "policy" / "certificate.json", root)
+    assert fit(demo, root, *ALWAYS) == 2
+    assert "holds a certificate.json that is of no run there" in capsys.readouterr().err
+    assert [*root.iterdir()] == [root / "certificate.json"]
 
 
 def test_a_run_that_breaks_off_leaves_the_verdict_of_another_in_its_folder(
@@ -1826,9 +1875,9 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     (other / "model.safetensors").write_bytes(bytes(data))
     config = read(plain / "adapter_config.json")
     for base, words in [
-        (str(other), "whose weights are not those of"),
+        (str(other), "whose config or weight files are not those of"),
         ("nobody/nothing", "names 'nobody/nothing' as its base model, which cannot be compared"),
-        (None, "names 'None' as its base model, which cannot be compared"),
+        (None, "does not say which model it was made for"),
     ]:
         changed = json.dumps({**config, "base_model_name_or_path": base})
         (plain / "adapter_config.json").write_text(changed)

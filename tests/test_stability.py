@@ -154,6 +154,13 @@ def test_a_limit_that_may_not_be_reachable_is_said_once(
         assert len([s for s in said if words in s]) == 1
 
 
+def test_a_policy_needs_the_prompts_of_a_data_module() -> None:
+    module = policy()
+    module._trainer = SimpleNamespace(datamodule=None)
+    with pytest.raises(InputError, match="a data module like datamodules.Prompts.*got NoneType"):
+        module.setup("fit")
+
+
 def test_a_margin_that_punishes_safe_responses_is_said_once() -> None:
     from lightning_modules.policy import Policy
 
