@@ -181,7 +181,7 @@ def shipped() -> str:
     reward, policy, long = (
         yaml.safe_load(config(name).read_text()) for name in ("reward", "policy", "long")
     )
-    looks = next(c for c in policy["trainer"]["callbacks"] if "BestCandidate" in c["class_path"])
+    looks = next(c for c in long["trainer"]["callbacks"] if "BestCandidate" in c["class_path"])
     data = policy["data"]["init_args"] | long["data"]["init_args"]
     learners = (c["model"]["init_args"]["learner"]["init_args"] for c in (policy, long))
     learner = {key: value for given in learners for key, value in given.items()}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -194,20 +194,26 @@ class Policy(ScoredPolicy):
             )
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.dual.constraints = self.constraints  # with the range that the cost model brought
+        if stage == "fit":
+            self.dual.validation_prompts = self._count_validation_prompts(self._data_module())
+            self._check_minibatches()
+            self._read_demonstrations()
+
+    def _data_module(self) -> HoldsSafetyPrompts:
+        """
+        Raises:
+            InputError: it does not say which prompts it holds.
+        """
         data = getattr(self.trainer, "datamodule", None)
-        if stage == "fit" and not isinstance(data, HoldsSafetyPrompts):
+        if not isinstance(data, HoldsSafetyPrompts):
             raise InputError(
                 "a policy is trained on the prompts of a data module like datamodules.Prompts, "
                 "which knows what a checkpoint and a safety test must know of them; got "
                 f"{type(data).__name__}"
             )
-        super().setup(stage)
-        self.dual.constraints = self.constraints  # with the range that the cost model brought
-        if stage == "fit":
-            prompts = cast(HoldsSafetyPrompts, data)
-            self.dual.validation_prompts = self._count_validation_prompts(prompts)
-            self._check_minibatches()
-            self._read_demonstrations()
+        return data
 
     def _count_validation_prompts(self, data: HoldsSafetyPrompts) -> int:
         """m, on which `callbacks.BestCandidate` looks at a policy.

@@ -158,7 +158,7 @@ def test_a_policy_needs_the_prompts_of_a_data_module() -> None:
     module = policy()
     module._trainer = SimpleNamespace(datamodule=None)
     with pytest.raises(InputError, match="a data module like datamodules.Prompts.*got NoneType"):
-        module.setup("fit")
+        module._data_module()
 
 
 def test_a_margin_that_punishes_safe_responses_is_said_once() -> None:
