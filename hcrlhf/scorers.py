@@ -103,7 +103,7 @@ class Scorer(ABC):
         for name, value in [*bound.arguments.items()][1:]:
             try:
                 given[name] = plain(value)
-            except (TypeError, InputError):  # the latter by a scorer within
+            except TypeError:
                 opaque.append(f"{name} is a {type(value).__name__}")
         scorer._init_args, scorer._opaque = given, opaque
         return scorer
@@ -292,8 +292,8 @@ def plain(value: Any) -> Any:
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
-    if isinstance(value, Scorer):
-        return value.provenance()
+    if isinstance(value, Scorer) and not value._opaque:
+        return [f"{type(value).__module__}.{type(value).__qualname__}", dict(value._init_args)]
     if isinstance(value, type) or inspect.isroutine(value):
         return f"{value.__module__}.{value.__qualname__}"
     raise TypeError(type(value).__name__)
