@@ -215,10 +215,7 @@ def sample(
                 cache.batch_select_indices(keep.nonzero()[:, 0])
             ids = chosen[:, None]
     if bool(broken):  # asked once a rollout, since asking waits for the device
-        raise FloatingPointError(
-            "the policy gives no probabilities (NaN or infinite logits) for a token of a response; "
-            "nothing is drawn from that"
-        )
+        raise FloatingPointError("the policy gives no probabilities: NaN or infinite logits")
     width = int(lengths.max())
     response_mask = torch.arange(width, device=device) < lengths[:, None]
     return Tokens(

@@ -302,7 +302,7 @@ class ScoredPolicy(AdapterModule):
         if "cost" in folders:
             folder = Path(folders["cost"])
             self._cost_files = {n: file_sha256(folder / n) for n in (ADAPTER_FILE, HEAD_FILE)}
-        self.training_prompt_keys()
+        self.training_prompt_keys()  # reads the lists of the stages, if nothing has yet
         self.backbone = backbone
 
     def _check_given(self, folder: Path) -> None:
@@ -645,9 +645,9 @@ class ScoredPolicy(AdapterModule):
         if self._stage_prompts is None:
             given = [] if self.given is None else [self.given]
             folders = [read_prompt_keys(folder) for folder in (*self.folders.values(), *given)]
-            scorers = [s.training_prompt_keys() for s in self.scorers.values()]
-            self._stage_prompts = frozenset().union(*folders, *scorers)
-        return self._stage_prompts
+            self._stage_prompts = frozenset().union(*folders)
+        # Asked anew: before `prepare` a scorer may not know its own.
+        return self._stage_prompts.union(*(s.training_prompt_keys() for s in self.scorers.values()))
 
     @property
     def prompts_seen(self) -> frozenset[str]:

@@ -471,6 +471,18 @@ def test_a_safety_test_that_breaks_off_goes_on_where_it_was(
     assert main(["verify", str(part / "certificate.json")]) == PASSED
 
 
+def break_off_in_the_test(
+    demo: Path, root: Path, monkeypatch: pytest.MonkeyPatch, callbacks: str
+) -> None:
+    """A fit whose safety test is opened, and answers nothing."""
+    from callbacks import SafetyTest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SafetyTest, "_sample", broken)
+        with pytest.raises(RuntimeError, match="lightning strikes"):
+            fit(demo, root, *ALWAYS, callbacks)
+
+
 def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,10 +492,7 @@ def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
     root = tmp_path / "run" / "policy"
     callbacks = tested(candidate_check=True)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SafetyTest, "_sample", broken)
-        with pytest.raises(RuntimeError, match="lightning strikes"):
-            fit(demo, root, *ALWAYS, callbacks)
+    break_off_in_the_test(demo, root, monkeypatch, callbacks)
     monkeypatch.setattr(SafetyTest, "_is_candidate", lambda *arguments: False)
     # And it breaks off again, after the verdict was written and before the policy is in its place.
     with monkeypatch.context() as patch:
@@ -508,13 +517,9 @@ def test_an_open_test_is_ended_although_the_candidate_check_would_now_say_no(
 def test_a_test_that_fit_began_is_ended_by_the_test_of_its_checkpoint(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from callbacks import SafetyTest
 
     root = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(SafetyTest, "_sample", broken)
-        with pytest.raises(RuntimeError, match="lightning strikes"):
-            fit(demo, root, *ALWAYS, tested())
+    break_off_in_the_test(demo, root, monkeypatch, tested())
     plan = (root / "plan.json").read_bytes()
     checkpoint = ["--ckpt_path", str(root / "checkpoints" / "last.ckpt")]
     assert main(["test", *policy_arguments(demo, root, *ALWAYS, tested()), *checkpoint]) == PASSED
@@ -536,25 +541,21 @@ def test_stages_that_change_during_a_run_are_remembered_as_they_were_loaded(
 
     monkeypatch.setattr(Policy, "training_step", changing)
     assert fit(demo, root, *ALWAYS, tested()) == PASSED
-    honest, ours = demo / "policy", root
-    for path in ("policy/training_prompts.txt", "policy/adapter_config.json"):
-        assert (ours / path).read_bytes() == (honest / path).read_bytes()
-    cost = [read(folder / "plan.json")["provenance"]["cost_model"] for folder in (ours, honest)]
+    folders = (root, demo / "policy")
+    ours, honest = ((f / "policy" / "training_prompts.txt").read_bytes() for f in folders)
+    assert ours == honest
+    cost = [read(folder / "plan.json")["provenance"]["cost_model"] for folder in folders]
     assert cost[0] == cost[1] and "0" * 64 not in str(cost)
 
 
 def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from callbacks import SafetyTest
     from lightning_modules import Policy
 
     root = tmp_path / "run"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SafetyTest, "_sample", broken)
-        with pytest.raises(RuntimeError, match="lightning strikes"):
-            fit(demo, root, *ALWAYS, tested())
+    break_off_in_the_test(demo, root, monkeypatch, tested())
     with monkeypatch.context() as patch:
         patch.setattr(Policy, "training_step", broken)
         assert fit(demo, root, *ALWAYS, tested(), "--model.init_args.seed", "1") == 2
@@ -575,16 +576,12 @@ def test_a_run_that_begins_anew_does_not_take_over_the_test_of_another(
 def test_a_run_without_checkpoints_that_is_repeated_finds_its_own_test_again(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from callbacks import SafetyTest
 
     root = tmp_path / "run"
     test = '{"class_path": "callbacks.SafetyTest", "init_args": {"candidate_check": false}}'
     callbacks = f"--trainer.callbacks=[{test}]"
 
-    with monkeypatch.context() as patch:
-        patch.setattr(SafetyTest, "_sample", broken)
-        with pytest.raises(RuntimeError, match="lightning strikes"):
-            fit(demo, root, *ALWAYS, callbacks)
+    break_off_in_the_test(demo, root, monkeypatch, callbacks)
     assert fit(demo, root, *ALWAYS, callbacks) == PASSED
     assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
 

@@ -161,6 +161,15 @@ def test_a_policy_needs_the_prompts_of_a_data_module() -> None:
         module._data_module()
 
 
+def test_prompts_that_a_scorer_knows_only_once_it_is_loaded_are_asked_for_again() -> None:
+    module, key = policy(), "ab" * 16
+    module.folders, known = {}, set()
+    module.scorers = {"cost": SimpleNamespace(training_prompt_keys=lambda: frozenset(known))}
+    assert module.training_prompt_keys() == frozenset()
+    known.add(key)
+    assert module.training_prompt_keys() == {key}
+
+
 def test_a_margin_that_punishes_safe_responses_is_said_once() -> None:
     from lightning_modules.policy import Policy
 
