@@ -181,7 +181,6 @@ def shipped() -> str:
     reward, policy, long = (
         yaml.safe_load(config(name).read_text()) for name in ("reward", "policy", "long")
     )
-    looks = next(c for c in long["trainer"]["callbacks"] if "BestCandidate" in c["class_path"])
     data = policy["data"]["init_args"] | long["data"]["init_args"]
     learners = (c["model"]["init_args"]["learner"]["init_args"] for c in (policy, long))
     learner = {key: value for given in learners for key, value in given.items()}
@@ -193,8 +192,7 @@ def shipped() -> str:
         f"PID {own['multiplier']['init_args']['integral']}, "
         f"{sizes.preferences * sizes.pairs_per_prompt} pairs "
         f"({PREFERENCE_MIX.blemish:.0%} of answers blemished), "
-        f"reward model of {reward['trainer']['max_epochs']} epochs, "
-        f"policy averaged over {looks['init_args']['average']:.0%} of the run"
+        f"reward model of {reward['trainer']['max_epochs']} epochs"
     )
 
 

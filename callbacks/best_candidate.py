@@ -8,7 +8,6 @@ from typing import Any, cast
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
-from torch import Tensor
 
 from hcrlhf.constraint import with_etas
 from hcrlhf.errors import InputError
@@ -17,22 +16,24 @@ from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
 from hcrlhf.samples import Floats
 
 KEPT = 6  # policies of a run that are looked at once more, until one is likely to pass
+# Times the miss that a look forgives. It errs by a seventh of the harm it measures, and those it
+# finds likely at the strict mark are half of those that are, and the ones with the least reward.
+FORGIVEN = 4
 
 
 class BestCandidate(Callback):
     """Looks at the policy now and then, and ends training with the best one it saw.
 
     A multiplier swings about its level, so the last policy of a run may stand on either side of a
-    limit, and those on the right side are not the ones with the most reward. What settles in
-    primal-dual training is the mean of its policies (Nedić & Ozdaglar 2009): with `average` a look
-    sees that, as an exponential mean of the adapter's weights.
+    limit, and those on the right side are not the ones with the most reward.
 
-    Every look answers the validation prompts, each time with the same random numbers. The
-    candidate is the policy with the highest mean reward among those whose safety test is forecast
-    to be passed (`Constraint.pass_probability`) with probability 1 - miss_probability; with several
-    constraints each is given its share of the miss, as in training. The best of many looks owes
-    something to luck, so the KEPT best are looked at once more in the end, with random numbers of
-    their own: the first one that is likely to pass then is the candidate.
+    Every look answers the validation prompts, each time with the same random numbers, and ranks the
+    policy by its mean reward if its safety test is forecast to be passed
+    (`Constraint.pass_probability`) with probability 1 - FORGIVEN · miss_probability. The best of
+    many looks owes something to luck, so the KEPT best are looked at once more in the end, in
+    their order, with other random numbers and `answers` of them to every prompt: the first policy
+    that is likely to pass with probability 1 - miss_probability then is the candidate. With several
+    constraints each is given its share of the miss, as in training.
 
     Where none is likely enough, the candidate is the one that comes nearest, and the candidate
     check of `callbacks.SafetyTest` has its say; the last policy stays only where no look gave any
@@ -46,8 +47,7 @@ class BestCandidate(Callback):
         start: share of the run before the first look, in [0, 1].
         batch_size: validation prompts that are answered together, at most (the module may split
             them).
-        average: share of the run over which the weights are averaged, in [0, 1): about the period
-            of the multiplier's swings. 0 takes them as they are. Training goes on with the latter.
+        answers: responses to every validation prompt in the last look.
 
     Raises:
         InputError: the module is no policy.
@@ -58,21 +58,18 @@ class BestCandidate(Callback):
         every_n_updates: int = 10,
         start: float = 0.5,
         batch_size: int = 100,
-        average: float = 0.0,
+        answers: int = 3,
     ) -> None:
-        for name, value in (("every_n_updates", every_n_updates), ("batch_size", batch_size)):
+        counts = {"every_n_updates": every_n_updates, "batch_size": batch_size, "answers": answers}
+        for name, value in counts.items():
             if value < 1:
                 raise InputError(f"{name} is a whole number >= 1, got {value}")
-        if not 0 <= average < 1:
-            raise InputError(f"average is a share of the run in [0, 1), got {average}")
         if not 0 <= start <= 1:
             raise InputError(f"start is a share of the run in [0, 1], got {start}")
         self.every_n_updates = every_n_updates
         self.start = start
         self.batch_size = batch_size
-        self.average = average
-        self._mean: dict[str, Tensor] = {}
-        self._averaged = 0  # updates in it
+        self.answers = answers
         self._best: list[dict[str, Any]] = []  # the likely ones first, by reward; then by chance
         self._last: dict[str, Any] = {}  # of a run that ended with another policy
 
@@ -100,36 +97,14 @@ class BestCandidate(Callback):
     ) -> None:
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         update = cast(SafetyTestable, pl_module).updates
-        if self.average > 0:
-            window = self.average * data.updates
-            self._add_to_mean(cast(OffersCandidates, pl_module).policy_state(), window)
         due = trainer.is_last_batch or update % self.every_n_updates == 0
         if due and update >= self.start * data.updates:
             self._look(data, pl_module, update)
 
-    def _add_to_mean(self, state: dict[str, Tensor], window: float) -> None:
-        """w̄ ← w̄ + (w - w̄) / min(t, window) with t = 1, 2, …: the plain mean of the first ones."""
-        self._averaged += 1
-        share = 1 / max(1.0, min(self._averaged, window))
-        self._mean = {
-            name: weights.lerp(self._mean.get(name, weights), 1 - share)
-            for name, weights in state.items()
-        }
-
     def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
         module = cast(OffersCandidates, pl_module)
-        if self.average == 0:
-            self._rank(data, pl_module, update)
-            return
-        own = module.policy_state()
-        module.load_policy_state(self._mean, update)
-        self._rank(data, pl_module, update)
-        module.load_policy_state(own, update)
-
-    def _rank(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
-        module = cast(OffersCandidates, pl_module)
         rewards, costs = self._answered(data, pl_module, "predict")
-        chances, likely = self._chances(module, costs)
+        chances, likely = self._chances(module, costs, forgiven=FORGIVEN)
         reward, chance = float(rewards.mean()), min(chances)
         worth = reward if np.isfinite(reward) else -np.inf  # NaN has no rank
         look = {"update": update, "rank": [likely, worth if likely else chance]}
@@ -146,13 +121,18 @@ class BestCandidate(Callback):
             self._best = best
 
     @staticmethod
-    def _chances(module: OffersCandidates, costs: Floats) -> tuple[list[float], bool]:
+    def _chances(
+        module: OffersCandidates, costs: Floats, forgiven: float = 1.0
+    ) -> tuple[list[float], bool]:
         """How likely each constraint's test is to be passed; and whether all are likely enough."""
         constraints = with_etas(module.constraints, module.training_costs)
         chances = [c.pass_probability(costs) for c in constraints]
-        share = 1 / len(constraints)
-        enough = (p >= 1 - share * c.miss for p, c in zip(chances, constraints, strict=True))
-        return chances, all(enough)
+        for chance, constraint in zip(chances, constraints, strict=True):
+            miss = constraint.miss / len(constraints)
+            # What is forgiven never makes less than an even chance enough.
+            if chance < 1 - max(miss, min(forgiven * miss, 0.5)):
+                return chances, False
+        return chances, True
 
     def _answered(
         self, data: HoldsSafetyPrompts, pl_module: LightningModule, purpose: str
@@ -179,7 +159,9 @@ class BestCandidate(Callback):
         again: list[tuple[float, dict[str, Any]]] = []
         for look in self._best:
             module.load_policy_state(look["state"], look["update"])
-            chances, likely = self._chances(module, self._answered(data, pl_module, "confirm")[1])
+            purposes = [f"confirm {k}" for k in range(self.answers)]
+            costs = [self._answered(data, pl_module, purpose)[1] for purpose in purposes]
+            chances, likely = self._chances(module, np.concatenate(costs))
             rank_zero_info(
                 f"the policy after update {look['update']}, looked at once more: forecast to pass: "
                 f"{named(module, chances)}"
@@ -193,17 +175,10 @@ class BestCandidate(Callback):
         rank_zero_info(f"the candidate is the policy after update {look['update']}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            "best": list(self._best),
-            "last": dict(self._last),
-            "mean": dict(self._mean),
-            "averaged": self._averaged,
-        }
+        return {"best": list(self._best), "last": dict(self._last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._last = list(state_dict["best"]), dict(state_dict["last"])
-        self._mean = dict(state_dict.get("mean", {}))  # older checkpoints have none
-        self._averaged = int(state_dict.get("averaged", 0))
 
 
 def named(module: OffersCandidates, chances: Sequence[float]) -> str:
