@@ -9,6 +9,7 @@ the next attempt.
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import re
@@ -486,9 +487,23 @@ def _origin(record: Mapping[str, Any]) -> str:
         [
             f"- Policy, all files as shipped (SHA-256): `{plan['policy']['hash']}`",
             f"- Backbone (SHA-256): `{plan['provenance'].get('backbone', '')}`",
+            *_conditions(plan["provenance"]),
             f"- Plan (SHA-256): `{record['plan_hash']}`, written before the first response.",
             f"- Test {ledger['test']} of ledger `{ledger['id']}`, schedule {ledger['schedule']}: "
             f"granted δ = {plain(record['claim']['error_probability'])} of "
             f"{plain(ledger['delta'])}.",
         ]
     )
+
+
+def _conditions(provenance: Mapping[str, Any]) -> list[str]:
+    """Lines on how the responses were drawn; none for an older plan, which does not say it all."""
+    if not {"decoding", "chat", "dtype", "quantization"} <= set(provenance):
+        return []
+    chat = provenance["chat"]
+    return [
+        f"- Decoding: `{json.dumps(provenance['decoding'])}`. Prompts of at most "
+        f"{chat['max_prompt_tokens']} tokens; system prompt: "
+        f"{json.dumps(chat['system_prompt'], ensure_ascii=False)}.",
+        f"- Backbone loaded as {provenance['dtype']}, quantization: {provenance['quantization']}.",
+    ]

@@ -683,6 +683,23 @@ def test_numbers_are_said_in_full_and_bounds_rounded_upwards() -> None:
 # -- the page --------------------------------------------------------------------------------------
 
 
+def test_the_page_says_how_the_responses_were_drawn_where_the_plan_does() -> None:
+    record = certificate()
+    assert "Decoding" not in certificate_page(record)  # as older ones were written
+    record["plan"]["provenance"] |= {
+        "decoding": {"temperature": 0.7, "max_new_tokens": 48},
+        "chat": {"max_prompt_tokens": 64, "system_prompt": "Be brief.\n- a line"},
+        "dtype": "bfloat16",
+        "quantization": "nf4",
+    }
+    lines = certificate_page(record).splitlines()
+    assert (
+        '- Decoding: `{"temperature": 0.7, "max_new_tokens": 48}`. Prompts of at most 64 tokens; '
+        'system prompt: "Be brief.\\n- a line".' in lines
+    )
+    assert "- Backbone loaded as bfloat16, quantization: nf4." in lines
+
+
 def test_the_page_holds_claim_limits_and_what_is_not_covered() -> None:
     record = certificate()
     page = certificate_page(record)
