@@ -16,8 +16,8 @@ from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
 from hcrlhf.samples import Floats
 
 KEPT = 6  # policies of a run that are looked at once more, until one is likely to pass
-# Times the miss that a look forgives. It errs by a seventh of the harm it measures, and those it
-# finds likely at the strict mark are half of those that are, and the ones with the least reward.
+# Times the miss that a look forgives. On 400 prompts it errs by a sixth of a harm rate of 8%: at the
+# strict mark it drops half of the policies that are where training aims, those with the most reward.
 FORGIVEN = 4
 
 
@@ -47,7 +47,7 @@ class BestCandidate(Callback):
         start: share of the run before the first look, in [0, 1].
         batch_size: validation prompts that are answered together, at most (the module may split
             them).
-        answers: responses to every validation prompt in the last look.
+        answers: responses to every validation prompt in the last look, which may see KEPT policies.
 
     Raises:
         InputError: the module is no policy.
