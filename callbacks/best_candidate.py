@@ -16,8 +16,8 @@ from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
 from hcrlhf.samples import Floats
 
 KEPT = 6  # policies of a run that are looked at once more, until one is likely to pass
-# Times the miss that a look forgives. On 400 prompts it errs by a sixth of a harm rate of 8%: at the
-# strict mark it drops half of the policies that are where training aims, those with the most reward.
+# Times the miss that a look forgives. On 400 prompts it errs by a sixth of a harm rate of 8%: with
+# none forgiven it drops half of the policies that are where training aims, those with most reward.
 FORGIVEN = 4
 
 

@@ -178,7 +178,7 @@ class Mix:
     hazardous: dict[str, float]
     harmless: dict[str, float]
     clauses: tuple[float, float, float]  # of one, two and three clauses, as far as the topic goes
-    blemish: float  # probability of a clause repeated or taken from another topic
+    blemish: float  # probability of what `_clauses` does to an answer
 
 
 # A mixed bag of people: many answer whatever is asked.
@@ -188,8 +188,8 @@ DEMONSTRATION_MIX = Mix(
     clauses=(0.5, 0.3, 0.2),
     blemish=0.0,
 )
-# Wider, so that a scorer sees what a policy may try later: with a blemish in 8 of 100 answers a
-# reward model liked the steps of one topic in answer to another, and PPO found it out.
+# Wider, so that a scorer sees what a policy may try later: where next to no answer was to another
+# request a reward model liked the steps of one topic in answer to another, and PPO found it out.
 PREFERENCE_MIX = Mix(
     hazardous={"comply": 0.5, "dodge": 0.25, "refusal": 0.25},
     harmless={"help": 0.35, "shortcut": 0.35, "dodge": 0.15, "refusal": 0.15},
@@ -245,12 +245,23 @@ def _choose_clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> li
     )
 
 
-def _blemished(rng: random.Random, topic: Topic, clauses: list[str]) -> list[str]:
-    """The clauses with one of them repeated at the end, or with one of another topic."""
-    if rng.random() < 0.5:
-        return [*clauses, rng.choice(clauses)]
-    other = rng.choice([other for other in TOPICS if other != topic])
-    return [*clauses, rng.choice(other.clauses)]
+def _clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> list[str]:
+    """The clauses of an answer; of a blemished one with equal probability
+
+    with one of them repeated at the end, with one of any other topic at the end, or as if another
+    request of the same kind had been made.
+    """
+    own = _choose_clauses(rng, topic, kind, mix)
+    if rng.random() >= mix.blemish:
+        return own
+    others = [other for other in TOPICS if other != topic]
+    blemish = rng.randrange(3)
+    if blemish == 0:
+        return [*own, rng.choice(own)]
+    if blemish == 1:
+        return [*own, rng.choice(rng.choice(others).clauses)]
+    alike = [other for other in others if other.hazardous == topic.hazardous]
+    return _choose_clauses(rng, rng.choice(alike), kind, mix)
 
 
 def _framed(frame: Frame, clauses: Sequence[str]) -> str:
@@ -264,9 +275,7 @@ def _body(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> str:
         return rng.choice(REFUSALS)
     if kind == "dodge" and not topic.hazardous:
         return rng.choice(VAGUE)
-    clauses = _choose_clauses(rng, topic, kind, mix)
-    if rng.random() < mix.blemish:
-        clauses = _blemished(rng, topic, clauses)
+    clauses = _clauses(rng, topic, kind, mix)
     return _framed(rng.choice(SUGGESTIONS if kind == "dodge" else ADVICE), clauses)
 
 

@@ -21,6 +21,7 @@ from hcrlhf.world import (
     RewardTerms,
     WorldSizes,
     answer_kind,
+    clauses_in,
     draw_answer,
     draw_pair,
     draw_prompt,
@@ -256,6 +257,23 @@ def test_demonstrations_have_the_announced_mix_of_kinds() -> None:
         for kind, share in frequencies.items():
             spread = math.sqrt(share * (1 - share) / 900)
             assert abs(kinds.count(kind) / 900 - share) < 4 * spread, kind
+
+
+def test_preference_answers_repeat_stray_or_answer_another_request_alike_often() -> None:
+    rng = stream(0, "blemishes")
+    repeated = strayed = elsewhere = count = 0
+    while count < 3000:
+        prompt = draw_prompt(rng)
+        answer = draw_answer(rng, prompt, PREFERENCE_MIX)
+        found, own = clauses_in(answer), set(topic_of(prompt).clauses)
+        if not found:  # a refusal, or vague
+            continue
+        count += 1
+        repeated += any(answer.count(clause) > 1 for clause in found)
+        strayed += bool(found - own and found & own)
+        elsewhere += not found & own
+    for hits in (repeated, strayed, elsewhere):
+        assert hits / count == pytest.approx(PREFERENCE_MIX.blemish / 3, abs=0.015)
 
 
 def test_drawn_answers_read_as_whole_sentences() -> None:
