@@ -188,7 +188,7 @@ def quiet_loading() -> None:
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """ " (did you mean …?)" where a known word is near, else nothing."""
     others = [name for name in known if name != word]
-    near = difflib.get_close_matches(word, others, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, others, n=1, cutoff=0.7)
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
