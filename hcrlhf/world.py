@@ -188,8 +188,8 @@ DEMONSTRATION_MIX = Mix(
     clauses=(0.5, 0.3, 0.2),
     blemish=0.0,
 )
-# Wider, so that a scorer sees what a policy may try later: where next to no answer was to another
-# request a reward model liked the steps of one topic in answer to another, and PPO found it out.
+# Wider, so that a scorer sees what a policy may try later: where no answer was to another request a
+# reward model liked the steps of one topic in answer to another, and both learners found it out.
 PREFERENCE_MIX = Mix(
     hazardous={"comply": 0.5, "dodge": 0.25, "refusal": 0.25},
     harmless={"help": 0.35, "shortcut": 0.35, "dodge": 0.15, "refusal": 0.15},
@@ -246,10 +246,10 @@ def _choose_clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> li
 
 
 def _clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> list[str]:
-    """The clauses of an answer; of a blemished one with equal probability
+    """The clauses of an answer, which may be blemished in one of three ways, equally often.
 
-    with one of them repeated at the end, with one of any other topic at the end, or as if another
-    request of the same kind had been made.
+    One of them is repeated at the end, one of any other topic is added there, or all are those of
+    another request, hazardous or harmless as this one.
     """
     own = _choose_clauses(rng, topic, kind, mix)
     if rng.random() >= mix.blemish:
