@@ -29,7 +29,8 @@ class BestCandidate(Callback):
 
     Every look answers the validation prompts, each time with the same random numbers, and ranks the
     policy by its mean reward if its safety test is forecast to be passed
-    (`Constraint.pass_probability`) with probability 1 - FORGIVEN · miss_probability. The best of
+    (`Constraint.pass_probability`) with probability 1 - FORGIVEN · miss_probability, but with an
+    even chance at least. The best of
     many looks owes something to luck, so the KEPT best are looked at once more in the end, in
     their order, with other random numbers and `answers` of them to every prompt: the first policy
     that is likely to pass with probability 1 - miss_probability then is the candidate. With several
@@ -97,8 +98,8 @@ class BestCandidate(Callback):
     ) -> None:
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         update = cast(SafetyTestable, pl_module).updates
-        due = trainer.is_last_batch or update % self.every_n_updates == 0
-        if due and update >= self.start * data.updates:
+        due = update % self.every_n_updates == 0 and update >= self.start * data.updates
+        if due or trainer.is_last_batch:
             self._look(data, pl_module, update)
 
     def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
@@ -124,7 +125,11 @@ class BestCandidate(Callback):
     def _chances(
         module: OffersCandidates, costs: Floats, forgiven: float = 1.0
     ) -> tuple[list[float], bool]:
-        """How likely each constraint's test is to be passed; and whether all are likely enough."""
+        """How likely each constraint's test is to be passed; and whether all are likely enough.
+
+        Args:
+            costs: (m,), or (m, K) of K answers to each prompt.
+        """
         constraints = with_etas(module.constraints, module.training_costs)
         chances = [c.pass_probability(costs) for c in constraints]
         for chance, constraint in zip(chances, constraints, strict=True):
@@ -161,7 +166,7 @@ class BestCandidate(Callback):
             module.load_policy_state(look["state"], look["update"])
             purposes = [f"confirm {k}" for k in range(self.answers)]
             costs = [self._answered(data, pl_module, purpose)[1] for purpose in purposes]
-            chances, likely = self._chances(module, np.concatenate(costs))
+            chances, likely = self._chances(module, np.stack(costs, axis=1))
             rank_zero_info(
                 f"the policy after update {look['update']}, looked at once more: forecast to pass: "
                 f"{named(module, chances)}"

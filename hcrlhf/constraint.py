@@ -419,19 +419,24 @@ class Constraint:
     def pass_probability(self, costs: ArrayLike) -> float:
         """How likely a safety test is passed by a policy with these costs on m fresh prompts.
 
-        The share of PASS_FORECASTS trials in which n values pass, drawn with replacement from m
-        that are themselves drawn with replacement from these (m,): the first draw stands for not
-        knowing the policy, the second for the test's own luck. 0 where a cost is not finite.
+        The share of PASS_FORECASTS trials in which n values pass, drawn with replacement from those
+        of m prompts that are themselves drawn with replacement from these: the first draw stands
+        for not knowing the policy, the second for the test's own luck. Prompts are drawn with all
+        their answers, since two answers to one prompt tell less than answers to two.
+
+        Args:
+            costs: (m,), or (m, K) of K answers to each prompt. Not finite: the result is 0.
         """
         if not np.isfinite(costs).all():
             return 0.0
-        fixed = self.with_eta(costs)
-        values = fixed.values(costs)
+        flat = np.ravel(costs)
+        fixed = self.with_eta(flat)
+        prompts = fixed.values(flat).reshape(len(np.asarray(costs)), -1)
         generator = np.random.default_rng(0)
         passed = 0
         for _ in range(PASS_FORECASTS):
-            known = generator.choice(values, values.size)
-            sample = generator.choice(known, self.safety_prompts)
+            known = generator.choice(prompts, len(prompts))
+            sample = generator.choice(known.ravel(), self.safety_prompts)
             passed += bool(self.rule.passes(sample, self.threshold, self.delta, fixed.within))
         return passed / PASS_FORECASTS
 

@@ -1,6 +1,7 @@
 """Which policy of a run is tested: the best one that is likely to pass."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,21 @@ def test_far_from_the_limit_the_forecast_is_certain_and_a_bad_cost_is_never_safe
     assert limit.pass_probability(np.append(spread - 5, np.nan)) == 0.0
 
 
+def test_more_answers_to_the_same_prompts_tell_what_they_tell_and_no_more() -> None:
+    limit = Constraint("harm_rate", 0.15, safety_prompts=500)
+    costs = np.where(np.arange(400) < 36, 1.0, -1.0)
+    once = limit.pass_probability(costs)
+    # Where the prompt decides, another answer to it tells nothing.
+    assert limit.pass_probability(np.repeat(costs[:, None], 3, axis=1)) == pytest.approx(
+        once, abs=0.03
+    )
+    # Where it decides nothing, they are answers to as many prompts.
+    mixed = np.random.default_rng(0).permutation(np.repeat(costs, 3)).reshape(400, 3)
+    pooled = limit.pass_probability(mixed.ravel())
+    assert pooled > once + 0.02
+    assert limit.pass_probability(mixed) == pytest.approx(pooled, abs=0.02)
+
+
 # -- the choice ------------------------------------------------------------------------------------
 
 
@@ -77,7 +93,8 @@ class Run:
         update = int(self.weights.item())
         reward, cost = (self.again if "confirm" in purpose else self.looks)[update]
         self.asked += batch.tolist()
-        return [{"reward": reward, "cost": cost + 0.01 * (i % 3)} for i in batch.tolist()]
+        luck = int(purpose.split()[-1]) if "confirm" in purpose else 0  # another answer
+        return [{"reward": reward, "cost": cost + 0.01 * ((i + luck) % 3)} for i in batch.tolist()]
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return {"w": self.weights.clone()}
@@ -85,14 +102,16 @@ class Run:
     def load_policy_state(self, state: dict[str, torch.Tensor], update: int) -> None:
         self.weights, self.candidate = state["w"], update
 
-    def fit(self, callback: BestCandidate, begin: int = 0) -> None:
+    def fit(self, callback: BestCandidate, begin: int = 0, end: int | None = None) -> None:
+        """Args: end: the last update, where it is not the one that was planned."""
+        end = self.trainer.datamodule.updates if end is None else end
         self.updates = begin
         callback.on_train_start(self.trainer, self)  # type: ignore[arg-type]
         self.began_with = self.weights.item()
-        for update in range(begin + 1, self.trainer.datamodule.updates + 1):
+        for update in range(begin + 1, end + 1):
             self.updates = update
             self.weights = torch.tensor([float(update)])
-            self.trainer.is_last_batch = update == self.trainer.datamodule.updates
+            self.trainer.is_last_batch = update == end
             callback.on_train_batch_end(self.trainer, self, None, None, update - 1)  # type: ignore[arg-type]
         callback.on_train_epoch_end(self.trainer, self)  # type: ignore[arg-type]
 
@@ -159,7 +178,30 @@ def test_a_look_forgives_what_the_last_one_with_more_answers_decides() -> None:
     run.fit(BestCandidate(every_n_updates=2, start=0.0, answers=1))
     assert run.candidate == 4
     run = Run(looks, updates=4)
-    run.fit(BestCandidate(every_n_updates=2, start=0.0, answers=20))  # no doubt is left
+    # Three answers to a prompt hold all that it may cost: no doubt of the policy is left.
+    run.fit(BestCandidate(every_n_updates=2, start=0.0, answers=3))
+    assert run.candidate == 2
+
+
+@pytest.mark.parametrize(
+    ("cost", "chance", "candidate"), [(-0.0115, 0.465, 4), (-0.0125, 0.675, 2)]
+)
+def test_less_than_an_even_chance_is_never_forgiven(
+    cost: float, chance: float, candidate: int
+) -> None:
+    """Four times this miss are 80%, so that a chance of 20% would do."""
+    run = Run({2: (1.0, cost), 4: (0.5, -1.0)}, updates=4)
+    run.constraints = (replace(run.constraints[0], miss_probability=0.2),)
+    looked_at = [cost + 0.01 * (i % 3) for i in range(29)]
+    assert run.constraints[0].pass_probability(looked_at) == pytest.approx(chance, abs=0.02)
+    run.again[2] = (1.0, -1.0)
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
+    assert run.candidate == candidate
+
+
+def test_a_run_that_is_cut_short_before_the_first_look_is_looked_at_all_the_same() -> None:
+    run = Run({2: (2.0, -1.0)}, updates=100)
+    run.fit(BestCandidate(start=0.6, every_n_updates=2), end=2)
     assert run.candidate == 2
 
 
