@@ -43,12 +43,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hcrlhf import machine, optimizers
 from hcrlhf.backbone import Backbone, LoraOptions
 from hcrlhf.doctor import ALLOWANCE
 from hcrlhf.footprint import Footprint, Sizes, footprint
+from hcrlhf.gradients import known_gradient
 from hcrlhf.optimizers import adamw
 from hcrlhf.rollouts import Decoding, sample
 from hcrlhf.text import Encoded, Tokens, collate
@@ -86,8 +87,8 @@ BASE = Sizes(
 # In an order in which every stage has the roles of the ones before it.
 ROLES = replace(BASE, score_rows=4, rollout_rows=32, test_rows=32, frozen=3)
 STAGES: dict[str, Sizes] = {
-    "supervised": replace(BASE, stage="supervised"),
-    "reward or cost": replace(BASE, stage="preference", rows=8),
+    "supervised": replace(BASE, stage="supervised", accumulated=True),
+    "reward or cost": replace(BASE, stage="preference", rows=8, accumulated=True),
     "RLOO": ROLES,
     "RLOO, unpacked rollouts": replace(ROLES, unpacked=True),
     "PPO, shared critics": replace(ROLES, shared_heads=3),
@@ -270,12 +271,8 @@ class Bench:
         critics, shared = self.give(sizes)
         # As Lightning does it: a weight is cast for each use, and no copy is kept.
         autocast = torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
-        optimizer = adamw(
-            cast(optimizers.Name, sizes.optimizer),
-            [p for _, p in own.trained_parameters()],
-            1e-5,
-            0.0,
-        )
+        trained = [p for _, p in own.trained_parameters()]
+        optimizer = adamw(cast(optimizers.Name, sizes.optimizer), trained, 1e-5, 0.0)
         batch = tokens(sizes.rows, RESPONSE, self.vocabulary).to(device)
 
         def rollout(length: int) -> None:
@@ -295,21 +292,25 @@ class Bench:
 
         read = own.scores if sizes.stage == "preference" else own.values
 
+        def loss(role: str) -> Tensor:
+            with autocast:
+                hidden = own.hidden(batch)
+                heads = shared if role == "policy" else [role]
+                losses = [read(head, hidden, batch).sum() for head in heads]
+                if role == "policy" and sizes.stage != "preference":
+                    losses.append(own.log_probs(hidden, batch).sum())
+                return torch.stack(losses).sum()
+
         def update(length: int) -> None:
             own.train()
             own.restore_trainable()
-            # A policy's update has several passes: the gradients of the first one stay.
-            for role in ["policy", *critics] * passes_of(sizes):
+            for role in ["policy", *critics] * sizes.passes:
                 with own.role(role):
-                    with autocast:
-                        hidden = own.hidden(batch)
-                        heads = shared if role == "policy" else [role]
-                        losses = [read(head, hidden, batch).sum() for head in heads]
-                        if role == "policy" and sizes.stage != "preference":
-                            losses.append(own.log_probs(hidden, batch).sum())
-                        loss = torch.stack(losses).sum()
-                    del hidden, losses
-                    loss.backward()
+                    if sizes.stage == "policy":
+                        result = loss(role)
+                    else:  # batches that add up
+                        result = known_gradient(partial(loss, role), trained)
+                    result.backward()
 
         def step(length: int) -> None:
             optimizer.step()
@@ -333,7 +334,7 @@ class Bench:
                 release(self.device)  # what a phase reserves is its own
                 meter.run(name, partial(run, length))
         seconds, rows = meter.seconds, sizes.rows
-        seconds["update"] /= passes_of(sizes)
+        seconds["update"] /= sizes.passes
         read = {"score": 1 + sizes.frozen + sizes.critics, "update": 1 + sizes.critics}
         speed = {n: rows * sizes.width * k / seconds[n] for n, k in read.items() if n in work}
         row: dict[str, Any] = {
@@ -349,11 +350,6 @@ class Bench:
             each = (seconds["score"] + seconds["update"]) / rows
             row["samples/s"] = count / (seconds["rollout"] + count * each + seconds["step"])
         return row
-
-
-def passes_of(sizes: Sizes) -> int:
-    """Of one update that is measured: two stand for many."""
-    return 2 if sizes.stage == "policy" else 1
 
 
 def outside(device: torch.device) -> int:

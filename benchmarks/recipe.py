@@ -191,7 +191,7 @@ def shipped() -> str:
         f"KL coefficient {own['kl_coefficient']}, limit {own['adaptive_kl']['target']:g} nats, "
         f"PID {own['multiplier']['init_args']['integral']}, "
         f"{sizes.preferences * sizes.pairs_per_prompt} pairs "
-        f"({PREFERENCE_MIX.blemish:.0%} of answers blemished, "
+        f"({PREFERENCE_MIX.blemish:.0%} of answers that give steps blemished, "
         "a third of these about another topic), "
         f"reward model of {reward['trainer']['max_epochs']} epochs"
     )

@@ -152,7 +152,11 @@ def sizes_of(config: Config, base: Base) -> Sizes:
         batch = data["batch_size"] * (2 if pairs else 1)
         rows = min(model["group_size"] or batch, batch)
         return Sizes(
-            "preference" if pairs else "supervised", rows=rows, batch=-(-batch // rows), **common
+            "preference" if pairs else "supervised",
+            rows=rows,
+            batch=-(-batch // rows),
+            accumulated=trainer.get("accumulate_grad_batches", 1) > 1,
+            **common,
         )
     learner = model["learner"]
     options = learner.get("init_args") or {}

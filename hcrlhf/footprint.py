@@ -18,6 +18,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from hcrlhf.backbone import LoraOptions, token_chunk, token_log_probs
 from hcrlhf.errors import InputError
+from hcrlhf.gradients import known_gradient
 from hcrlhf.rollouts import draw
 
 BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, scales per scale
@@ -94,6 +96,7 @@ class Sizes:
         prompt, response: tokens of the longest sequence.
         rows: sequences that share a forward and backward pass.
         batch: sequences whose activations live until one backward pass (no policy: all of a batch).
+        accumulated: batches add up to one step, so that a batch's gradient is made beside others'.
         score_rows: sequences that are scored together.
         rollout_rows: sequences that are generated together.
         test_rows: the same outside of training, without mixed precision; 0: none are.
@@ -112,6 +115,7 @@ class Sizes:
     response: int
     rows: int
     batch: int = 1
+    accumulated: bool = False
     score_rows: int = 0
     rollout_rows: int = 0
     test_rows: int = 0
@@ -126,6 +130,11 @@ class Sizes:
     @property
     def width(self) -> int:
         return self.prompt + self.response
+
+    @property
+    def passes(self) -> int:
+        """Backward passes whose gradients add up; two stand for many."""
+        return 2 if self.stage == "policy" or self.accumulated else 1
 
 
 @dataclass(frozen=True)
@@ -503,18 +512,24 @@ def _update(model: _Model, trained: Sequence[nn.Parameter]) -> None:
     """Backward passes one after the other, each trained role's own: gradients of the last stay."""
     sizes = model.sizes
     model.model.train()
-    for _ in range(2 if sizes.stage == "policy" else 1):
+    for _ in range(sizes.passes):
         for role in range(1 + sizes.critics):
             model.use(role)
-            with _autocast(sizes):
-                states = [model.hidden(sizes.rows, sizes.width) for _ in range(sizes.batch)]
-                losses = [_loss(model, hidden, role) for hidden in states]
-                loss = torch.stack(losses).sum()
-            del states, losses
+            if sizes.stage == "policy":
+                loss = _batch_loss(model, role)
+            else:
+                loss = known_gradient(partial(_batch_loss, model, role), trained)
             loss.backward()
             del loss
     for p in trained:
         p.grad = None
+
+
+def _batch_loss(model: _Model, role: int) -> Tensor:
+    sizes = model.sizes
+    with _autocast(sizes):
+        states = [model.hidden(sizes.rows, sizes.width) for _ in range(sizes.batch)]
+        return torch.stack([_loss(model, hidden, role) for hidden in states]).sum()
 
 
 def _loss(model: _Model, hidden: Tensor, role: int) -> Tensor:

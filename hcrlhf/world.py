@@ -178,7 +178,7 @@ class Mix:
     hazardous: dict[str, float]
     harmless: dict[str, float]
     clauses: tuple[float, float, float]  # of one, two and three clauses, as far as the topic goes
-    blemish: float  # probability of what `_clauses` does to an answer
+    blemish: float  # probability of what `_clauses` does to an answer that is made of clauses
 
 
 # A mixed bag of people: many answer whatever is asked.

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from hcrlhf import machine, optimizers, processes
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.errors import InputError
+from hcrlhf.gradients import known_gradient
 from hcrlhf.resume import rng_state, set_rng_state
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
@@ -143,6 +144,14 @@ class StageModule(LightningModule):
                 "is given, so there is nothing to measure; name the folder of a finished stage in "
                 "trainer.default_root_dir"
             )
+
+    def with_gradient(self, loss: Callable[[], Tensor]) -> Tensor:
+        """The loss of a training step, which a stage with smaller passes to fall back on overrides.
+
+        Args:
+            loss: makes it, a scalar, anew each time.
+        """
+        return loss()
 
     def trained(self) -> Iterator[torch.nn.Parameter]:
         """What the optimizer changes."""
@@ -280,22 +289,15 @@ class AdapterModule(StageModule):
         """Where training stands, for people."""
         return f"step {self.global_step}"
 
-    def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None
-    ) -> None:
-        """One step, whose gradient is found in smaller passes where memory runs out.
+    def with_gradient(self, loss: Callable[[], Tensor]) -> Tensor:
+        """loss(), whose gradient is found here already: in smaller passes where memory runs out.
 
-        Not where gradients of several batches are added up, nor with several processes, the others
-        of which would be waiting: there the error stays one.
+        The weights get it when the result's backward pass runs, so that batches add up, and
+        processes average, as ever.
         """
-
-        def gradient() -> Any:
-            # It clears what a pass that failed has left, and nothing of the optimizer has changed.
-            return self._with_room("group_size", None, self._one_group_at_a_time(closure))
-
-        closure = optimizer_closure
-        alone = self.trainer.accumulate_grad_batches == 1 and processes.rank_and_size()[1] == 1
-        super().optimizer_step(epoch, batch_idx, optimizer, gradient if alone else closure)
+        weights = list(self.trained())
+        attempt = self._one_group_at_a_time(lambda: known_gradient(loss, weights))
+        return self._with_room("group_size", None, attempt)
 
     def _one_group_at_a_time(self, attempt: Callable[[], Result]) -> Callable[[], Result]:
         """`attempt`, after whose first failure a group's activations live no longer than it."""

@@ -140,6 +140,9 @@ class PairModule(StageModule):
     # -- training ------------------------------------------------------------------------------
 
     def training_step(self, batch: PairBatch[Any], batch_idx: int) -> Tensor:
+        return self.with_gradient(lambda: self._loss(batch))
+
+    def _loss(self, batch: PairBatch[Any]) -> Tensor:
         scores = self(batch.tokens)
         higher, lower = scores.chunk(2)
         loss = preferences.bradley_terry_loss(higher, lower)

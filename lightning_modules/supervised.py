@@ -107,7 +107,7 @@ class Supervised(AdapterModule):
         return -self(tokens).sum() / tokens.response_mask.sum()
 
     def training_step(self, batch: Tokens, batch_idx: int) -> Tensor:
-        loss = self._loss(batch)
+        loss = self.with_gradient(lambda: self._loss(batch))
         self.log("loss", loss.detach(), prog_bar=True, batch_size=len(batch))
         return loss
 

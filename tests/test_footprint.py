@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
 from hcrlhf.footprint import LiveBytes, Sizes, _footprint, _joined, footprint
+from hcrlhf.gradients import known_gradient
 from hcrlhf.rollouts import Decoding, sample
 from hcrlhf.stages import BackboneSource
 from hcrlhf.text import Encoded, Tokens, collate
@@ -179,6 +180,7 @@ def test_what_is_foretold_is_what_is_taken(
         assert told.working[phase] + weights == pytest.approx(peak + weights, rel=TOLERANCE), phase
 
 
+@pytest.mark.parametrize("accumulated", [False, True])
 @pytest.mark.parametrize("stage", ["supervised", "preference"])
 @pytest.mark.parametrize(
     ("source", "mixed"), [({"quantization": "nf4"}, False), ({"dtype": "bfloat16"}, True)]
@@ -189,6 +191,7 @@ def test_the_earlier_stages_and_their_optimizer_step_are_foretold_too(
     source: dict[str, Any],
     mixed: bool,
     stage: Any,
+    accumulated: bool,
 ) -> None:
     folder = model_of(tmp_path, make_llama)
     own = backbone(folder, source, checkpointing=True, frozen=0)
@@ -202,25 +205,29 @@ def test_the_earlier_stages_and_their_optimizer_step_are_foretold_too(
     own.train()
     own.restore_trainable()
     found = {}
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
+            # Two passes, whose activations live until one backward pass.
+            states = [own.hidden(tokens(ROWS)) for _ in range(2)]
+            if stage == "supervised":
+                losses = [own.log_probs(x, tokens(ROWS)).sum() for x in states]
+            else:
+                losses = [own.scores("value", x, tokens(ROWS)).sum() for x in states]
+            return torch.stack(losses).sum()
+
     with LiveBytes() as live:
         with own.role("policy"):
-            with torch.autocast("cpu", torch.bfloat16, enabled=mixed, cache_enabled=False):
-                # Two passes, whose activations live until one backward pass.
-                states = [own.hidden(tokens(ROWS)) for _ in range(2)]
-                if stage == "supervised":
-                    losses = [own.log_probs(x, tokens(ROWS)).sum() for x in states]
-                else:
-                    losses = [own.scores("value", x, tokens(ROWS)).sum() for x in states]
-                loss = torch.stack(losses).sum()
-            del states, losses
-            loss.backward()
-            del loss
+            for _ in range(1 + accumulated):
+                known_gradient(loss, trained).backward()
         found["update"] = live.peak
         live.restart()
         optimizer.step()
         found["step"] = live.peak
     sizes = replace(policy_sizes(source, mixed=mixed, checkpointing=True), stage=stage)
-    told = footprint(AutoConfig.from_pretrained(folder), replace(sizes, batch=2), "cpu")
+    told = footprint(
+        AutoConfig.from_pretrained(folder), replace(sizes, batch=2, accumulated=accumulated), "cpu"
+    )
     states_of_optimizer = {"update": 0, "step": told.parts["optimizer"]}  # made in the first step
     assert told.trained == sum(p.numel() for p in trained)
     for phase, peak in found.items():

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 
+from hcrlhf.classifier import Classifier
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS
@@ -414,6 +415,23 @@ def fit_encoder(runs: Path, encoder: Path, role: str, *more: str) -> int:
     arguments += [str(runs / role), f"--model={json.dumps(model)}"]
     arguments += ["--data.init_args.path", str(runs / "world" / "preferences.jsonl")]
     return main(["fit", *arguments, *more])
+
+
+def test_a_classifier_that_runs_out_of_memory_says_which_keys_to_change(
+    runs: Path,
+    encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def too_much(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(Classifier, "forward", too_much)
+    root = ["--trainer.default_root_dir", str(tmp_path / "run")]
+    assert fit_encoder(runs, encoder_folder, "cost", *root) == 2
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
+    assert "CUDA out of memory" in line and "halve data.init_args.batch_size" in line
 
 
 def policy_arguments(runs: Path, root: Path, reward: Any, cost: Any, *more: str) -> list[str]:
