@@ -191,8 +191,9 @@ class SafetyTest(Callback):
         encoded = {p.key: module.encode(p) for p in prompts}
         self._encoded = {key: value for key, value in encoded.items() if value is not None}
         pool = [key for key in safety if key in self._encoded]
+        # Once more: a scorer may know its prompts only when it is loaded, as a checkpoint does.
         stages = cast(SafetyTestable, pl_module).training_prompt_keys()
-        # It is loaded by now.
+        require_disjoint(safety, stages, "safety", "earlier stages'")
         seen = cast(SafetyTestable, pl_module).checkpoint_prompts
         require_disjoint(safety, seen, "safety", "the checkpoint's training")
         self._population = Population(

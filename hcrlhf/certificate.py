@@ -506,5 +506,13 @@ def _conditions(provenance: Mapping[str, Any]) -> list[str]:
         f"- Decoding: `{json.dumps(provenance['decoding'])}`. Prompts of at most "
         f"{chat['max_prompt_tokens']} tokens; system prompt: "
         f"{'none' if system is None else json.dumps(system, ensure_ascii=False)}.",
-        f"- Backbone loaded as {provenance['dtype']}, quantization: {provenance['quantization']}.",
+        _loaded(provenance),
     ]
+
+
+def _loaded(provenance: Mapping[str, Any]) -> str:
+    backbone = f"{provenance['dtype']}, quantization: {provenance['quantization']}"
+    own = (provenance.get("policy") or {}).get("dtype")
+    if own is None:  # an adapter on the backbone
+        return f"- Backbone loaded as {backbone}."
+    return f"- Policy, a model of its own, loaded as {own}; the scorers' backbone as {backbone}."

@@ -264,9 +264,10 @@ def best_remedies(
 
 def checks(config: Config, base: Base) -> list[Finding]:
     """Template, EOS, data and the limits, as far as they can be looked at from here."""
-    found = [_tokenizer(base)]
+    encoder, finding = _tokenizer(base)
+    found = [finding]
     if kind(config) == "Policy":
-        prompts, validation = _prompts(config["data"])
+        prompts, validation = _prompts(config["data"], encoder)
         found.append(prompts)
         try:
             found += _reach(granted(config), validation)
@@ -277,15 +278,15 @@ def checks(config: Config, base: Base) -> list[Finding]:
     return found
 
 
-def _tokenizer(base: Base) -> Finding:
+def _tokenizer(base: Base) -> tuple[TextEncoder | None, Finding]:
     try:
         encoder = TextEncoder(load_tokenizer(base.source.model, base.source.revision), base.chat)
         length = len(encoder.prompt_ids(({"role": "user", "content": "How are you?"},)))
     except InputError as error:
-        return Finding("tokenizer", False, str(error))
+        return None, Finding("tokenizer", False, str(error))
     names = encoder.tokenizer.convert_ids_to_tokens([encoder.eos_id, encoder.pad_id])
     own = "its own template" if encoder.tokenizer.chat_template else "the plain template"
-    return Finding(
+    return encoder, Finding(
         "tokenizer",
         True,
         f"{own}; a response ends with {names[0]!r}, padding is {names[1]!r}; "
@@ -304,8 +305,10 @@ def _file(path: str) -> Finding:
     )
 
 
-def _prompts(data: Mapping[str, Any]) -> tuple[Finding, int | None]:
-    """What is said of the prompts, and how many of them are for validation, where it is known."""
+def _prompts(data: Mapping[str, Any], encoder: TextEncoder | None) -> tuple[Finding, int | None]:
+    """What is said of the prompts; and on how many a candidate is looked at, where it is known:
+    those for validation that are not too long.
+    """
     try:
         prompts = built(data)
         prompts.setup("fit")
@@ -313,7 +316,10 @@ def _prompts(data: Mapping[str, Any]) -> tuple[Finding, int | None]:
         return Finding("prompts", False, str(error)), None
     counts = ", ".join(f"{len(x)} {name}" for name, x in prompts.prompts.items())
     finding = Finding("prompts", True, f"{counts}; the safety prompts are in no other file")
-    return finding, len(prompts.validation_prompts)
+    messages = [prompt.messages for prompt in prompts.validation_prompts]
+    if encoder is None:
+        return finding, len(messages)
+    return finding, sum(encoder.encode(m, None) is not None for m in messages)
 
 
 def built(described: Mapping[str, Any]) -> Any:

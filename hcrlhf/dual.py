@@ -63,7 +63,9 @@ class Dual:
 
         Both in units of σ̄: (c̃ - τ) / σ̄, whose mean is g up to what s² differs from σ̄². In these
         units λ means the same whatever a cost's scale. A σ̄ below the constraint's floor is the
-        floor where something is divided by it; the margin k σ̄ asks `Constraint.margin_std`.
+        floor where something is divided by it; the margin k σ̄ asks `Constraint.margin_std`, and
+        then is wider in g than in the mean of c̃: by the same for every response of a rollout,
+        which no advantage sees.
 
         Args:
             costs: (B,), finite, of one rollout. keys: its B prompt keys.

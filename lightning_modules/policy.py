@@ -393,7 +393,7 @@ class Policy(ScoredPolicy):
             )
 
     def _warn_reversed(self) -> None:
-        """Says so, once, when a pessimistic mean punishes many responses for being safe."""
+        """Says so, once in a process, when a margin punishes many responses for being safe."""
         share = max(self.dual.reversed_shares)
         if share > REVERSED and not self._said_reversed:
             self._said_reversed = True

@@ -633,7 +633,8 @@ class ScoredPolicy(AdapterModule):
     def _policy_options(self) -> dict[str, Any]:
         """What the policy is besides its weights, wherever its folder lies."""
         if self._other is not None:
-            return {"config.json": self._given_files["config.json"]}
+            dtype = str(self._other.model.dtype).removeprefix("torch.")
+            return {"config.json": self._given_files["config.json"], "dtype": dtype}
         return self.backbone.scale_settings(ACTOR)
 
     def _cost_provenance(self) -> dict[str, Any]:

@@ -1431,7 +1431,15 @@ def test_the_path_of_large_models_in_4_bits_to_a_tested_export(
     assert "its base is not 4-bit" in capsys.readouterr().out
     state = safetensors.torch.load_file(merged / "model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-    assert outcome_of(demo, merged, tmp_path / "other" / "run", *given[1:]) == PASSED
+    other = tmp_path / "other" / "run"
+    assert outcome_of(demo, merged, other, *given[1:]) == PASSED
+    assert (
+        "- Policy, a model of its own, loaded as bfloat16; the scorers' backbone as bfloat16, "
+        "quantization: nf4."
+    ) in (other / "certificate.md").read_text()
+    assert (
+        "- Backbone loaded as bfloat16, quantization: nf4." in (root / "certificate.md").read_text()
+    )
 
 
 @pytest.mark.parametrize("stage", ["sft", "cost", "policy"])
@@ -1686,7 +1694,7 @@ def test_ptx_without_its_demonstrations_is_refused(demo: Path, tmp_path: Path, c
 def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     limits = (
         "--model.init_args.constraints=[{estimand: mean, threshold: 3.5, safety_prompts: 40}, "
-        "{estimand: harm_rate, threshold: 0.999, safety_prompts: 40}]"
+        "{estimand: cvar, alpha: 0.5, threshold: 3.9, safety_prompts: 40}]"
     )
     # Micro-batches and an uneven share, so that nothing fits by accident.
     more = [limits, "--model.init_args.micro_batch_size", "3"]
@@ -1695,7 +1703,16 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     more += ["--model.init_args.learner.init_args.critic", "separate"]
     more += [*ptx(demo, 0.5), "--model.init_args.ptx_batch_size", "5"]
     # 40 safety prompts in batches of 13: the last one has a prompt for one process alone.
-    more.append(tested(batch_size=13, candidate_check=True))
+    looks = {
+        "class_path": "callbacks.BestCandidate",
+        "init_args": {"every_n_updates": 1, "start": 0.0, "batch_size": 7, "answers": 2},
+    }
+    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
+    test = {
+        "class_path": "callbacks.SafetyTest",
+        "init_args": {"batch_size": 13, "candidate_check": True},
+    }
+    more.append(f"--trainer.callbacks={json.dumps([looks, every, test])}")
     assert fit(demo, tmp_path / "one" / "policy", *more) == PASSED
     root = tmp_path / "two" / "policy"
     more += ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -1712,12 +1729,7 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
 
     # Both are killed in the third update, and go on from their second one.
     kill = {"class_path": "breaking.Kill", "init_args": {"method": "_constrain", "call": 3}}
-    every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
-    test = {
-        "class_path": "callbacks.SafetyTest",
-        "init_args": {"batch_size": 13, "candidate_check": True},
-    }
-    assert run(f"--trainer.callbacks={json.dumps([every, test, kill])}").returncode == -9
+    assert run(f"--trainer.callbacks={json.dumps([looks, every, test, kill])}").returncode == -9
     finished = run("--ckpt_path", "last")
     assert finished.returncode == PASSED, finished.stderr
     assert finished.stdout.count("verdict: PASS") == 1
@@ -1749,6 +1761,11 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     # Last bits of a gradient near zero decide the sign of Adam's step: single weights may differ.
     for name, tensor in weights[0].items():
         assert (weights[1][name] - tensor).norm() <= 5e-3 * tensor.norm(), name
+    chosen = [
+        read(tmp_path / name / "policy" / "certificate.json")["plan"]["provenance"]["candidate"]
+        for name in ("one", "two")
+    ]
+    assert chosen[0] == chosen[1]
     lines = [(tmp_path / name / "ledger.jsonl").read_text().count("\n") for name in ("one", "two")]
     assert lines[0] == lines[1]
     answered = [(tmp_path / n / "policy" / "responses.jsonl").read_text() for n in ("one", "two")]
@@ -1960,6 +1977,21 @@ def test_the_doctor_foretells_memory_and_checks_the_config(
     assert main(["doctor", *arguments, *missing]) == 2
     assert "NOT  prompts:" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_counts_the_validation_prompts_that_a_policy_can_read(
+    demo: Path, tmp_path: Path, capsys: Any
+) -> None:
+    own = demo / "world" / "prompts" / "validation.jsonl"
+    longer = tmp_path / "longer.jsonl"
+    words = "again and " * 500
+    longer.write_text(own.read_text() + "".join(f'{{"prompt": "{words}{i}"}}\n' for i in range(9)))
+    told = []
+    for path in (own, longer):
+        more = ["--data.init_args.validation", str(path)]
+        assert main(["doctor", *policy_arguments(demo, tmp_path / "run", *more)]) == PASSED
+        told.append([x for x in capsys.readouterr().out.splitlines() if "training aims at" in x])
+    assert told[0] == told[1] != []
 
 
 def test_the_doctor_knows_a_model_that_no_stage_has_trained_yet(

@@ -24,7 +24,7 @@ from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS
 from hcrlhf.errors import InputError
-from hcrlhf.examples import Message, user_turn
+from hcrlhf.examples import Message, prompt_key, user_turn
 from hcrlhf.hashing import file_sha256
 from hcrlhf.resume import source_identity
 from hcrlhf.scorers import PythonScorer, Scorer, SequenceClassifier, measured_moments
@@ -680,6 +680,43 @@ def test_safety_prompts_that_an_external_cost_was_trained_on_are_refused(
     )
     assert main(["fit", *arguments]) == 2
     assert "safety prompts are also earlier stages' prompts" in capsys.readouterr().err
+
+
+class Learned(Scorer):
+    """A cost that reads what it was trained on together with its weights."""
+
+    def __init__(self, file: str) -> None:
+        super().__init__(lower=-1.0, upper=0.0)
+        self.file = file
+        self.keys: frozenset[str] = frozenset()
+
+    def prepare(self, slot: Any) -> None:
+        super().prepare(slot)
+        self.keys = frozenset(
+            prompt_key(user_turn(json.loads(row)["prompt"]))
+            for row in Path(self.file).read_text().splitlines()
+        )
+
+    def training_prompt_keys(self) -> frozenset[str]:
+        return self.keys
+
+    def scores(self, prompts: Any, responses: Any) -> Any:
+        return np.array(briefness(prompts, responses))
+
+
+def test_safety_prompts_that_a_cost_knows_of_only_once_it_is_loaded_are_refused(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = runs / "world" / "prompts"
+    for seen, code in (("safety", 2), ("train", PASSED)):
+        init = {"file": str(prompts / f"{seen}.jsonl")}
+        cost = {"class_path": f"{HERE}.Learned", "init_args": init}
+        limit = "[{estimand: mean, threshold: -0.001, safety_prompts: 30}]"
+        root = tmp_path / seen / "run"
+        arguments = policy_arguments(runs, root, python("length"), cost, callbacks())
+        assert main(["fit", *arguments, f"--model.init_args.constraints={limit}"]) == code
+    assert "safety prompts are also earlier stages' prompts" in capsys.readouterr().err
+    assert not (tmp_path / "safety" / "run" / "verdict.json").exists()
 
 
 def test_a_limit_about_a_zero_that_means_nothing_is_warned_of(runs: Path, tmp_path: Path) -> None:
