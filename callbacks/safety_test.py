@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -163,7 +163,7 @@ class SafetyTest(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         updates = cast(SafetyTestable, pl_module).updates
         folder = self._folder(trainer)
-        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        data = self._data(trainer)
         trained = updates >= data.updates
         # Without a checkpoint a run can only be repeated, and finds its own plan again in the end.
         if not trained and (folder / CHECKPOINT).is_file() and self._gate(trainer).has_begun():
@@ -184,7 +184,7 @@ class SafetyTest(Callback):
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finds the population, and fails closed until the test has run."""
-        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        data = self._data(trainer)
         module = cast(EncodesExamples, pl_module)
         safety = [p.key for p in data.safety_prompts or []]
         prompts = [*(data.safety_prompts or []), *data.validation_prompts]
@@ -284,8 +284,9 @@ class SafetyTest(Callback):
                 trial.release()
                 return
             candidate = self._write_policy(module, folder)
-            require_same_files(files, folder_hashes(candidate))
-            texts = {p.key: p.text for p in self._prompts(trainer)}
+            if folder_hashes(candidate) != files:
+                raise RuntimeError("the policy that was written is not the policy that was tested")
+            texts = {p.key: p.text for p in self._data(trainer).safety_prompts or []}
             trial.certify(texts, certificate.environment(*PACKAGES))
             self._write(trainer, "PASS", certificate.PASS_REASON, trial.plan_hash)
             # Last of all: wherever this breaks off, there is no policy/ without a PASS.
@@ -296,7 +297,7 @@ class SafetyTest(Callback):
     def _is_candidate(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         """Whether the forecast of every bound on the validation prompts is within its limit."""
         module = cast(SafetyTestable, pl_module)
-        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        data = self._data(trainer)
         keys = [p.key for p in data.validation_prompts if p.key in self._encoded]
         seed = sha256("candidate", str(module.updates))
         costs = [
@@ -374,14 +375,5 @@ class SafetyTest(Callback):
         return Path(trainer.default_root_dir)
 
     @staticmethod
-    def _prompts(trainer: Trainer) -> Any:
-        return cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule).safety_prompts or []
-
-
-def require_same_files(tested: Mapping[str, str], written: Mapping[str, str]) -> None:
-    """
-    Raises:
-        RuntimeError: what was written after the test is not what was tested.
-    """
-    if dict(tested) != dict(written):
-        raise RuntimeError("the policy that was written is not the policy that was tested")
+    def _data(trainer: Trainer) -> HoldsSafetyPrompts:
+        return cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)

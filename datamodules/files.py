@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, DistributedSampler, Sampler
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples, Prompt
 from hcrlhf.processes import rank_and_size
-from hcrlhf.rollouts import response_seed
+from hcrlhf.rollouts import shuffled
 
 
 class EncodedLoading(LightningDataModule):
@@ -105,10 +105,7 @@ class EpochSampler(DistributedSampler[int]):
         return self.examples // self.num_replicas
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(
-            response_seed(self.seed, "order", self.epoch) % 2**63
-        )
-        order = torch.randperm(self.examples, generator=generator).tolist()
+        order = shuffled(self.examples, self.seed, "order", self.epoch).tolist()
         own = order[self.rank : len(self) * self.num_replicas : self.num_replicas]
         yield from own[self.done() :]
 

@@ -6,14 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.utils.data import DataLoader, Sampler
 
 from datamodules.demonstrations import read_demonstrations
 from datamodules.files import EncodedLoading, check_batch_size
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, Prompt, user_turn
-from hcrlhf.rollouts import response_seed
+from hcrlhf.rollouts import shuffled
 from hcrlhf.rows import read_rows, text_field
 from hcrlhf.splits import require_disjoint
 
@@ -193,8 +192,5 @@ class UpdateSampler(Sampler[list[int]]):
         per_pass = self.prompts // self.batch_size
         for update in range(self.done() % self.updates, self.updates):
             number, place = divmod(update, per_pass)
-            generator = torch.Generator().manual_seed(
-                response_seed(self.seed, "order", number) % 2**63
-            )
-            order = torch.randperm(self.prompts, generator=generator).tolist()
+            order = shuffled(self.prompts, self.seed, "order", number).tolist()
             yield order[place * self.batch_size : (place + 1) * self.batch_size]

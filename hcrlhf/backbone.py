@@ -406,16 +406,14 @@ class Backbone(nn.Module):
         back = (columns - start).clamp(0, width - 1)
         return states.gather(1, back[..., None].expand(-1, -1, states.shape[-1]))
 
-    def log_probs(
-        self, hidden: Tensor, tokens: Tokens, temperature: float = 1.0, chunk: int | None = None
-    ) -> Tensor:
+    def log_probs(self, hidden: Tensor, tokens: Tokens, temperature: float = 1.0) -> Tensor:
         """log π(y_t | x, y_<t) of the response tokens, (B, T) float32, zero outside the mask.
 
-        Only response tokens go through the output layer, `chunk` of them at a time (None: what
-        `token_chunk` says), and no chunk's logits outlive it: a frozen output layer gives its
-        gradient in the forward pass, one that is trained is run again in the backward pass.
+        Only response tokens go through the output layer, `token_chunk` of them at a time, and no
+        chunk's logits outlive it: a frozen output layer gives its gradient in the forward pass, one
+        that is trained is run again in the backward pass.
         """
-        chunk = chunk or token_chunk(self.output_layer.weight.shape[0])
+        chunk = token_chunk(self.output_layer.weight.shape[0])
         mask = tokens.response_mask
         states = self._before_response(hidden, tokens)[mask]
         targets = tokens.response_ids[mask]
@@ -458,8 +456,6 @@ class Backbone(nn.Module):
 
         Only inside `inference()`.
         """
-        if not self.roles:
-            return [self.hidden(tokens) for _ in roles]
         self._require_evaluation()
         copies = len(roles)
         stacked = Tokens(

@@ -309,13 +309,12 @@ def make_claim(
 def cost_words(plan: Mapping[str, Any] | None, data: Mapping[str, Any]) -> str:
     """What the cost of each prompt was made of.
 
-    A planned test draws one response; a table may hold several, which older certificates of one do
-    not record: they say one response, whatever it was.
+    A planned test draws one response; a table may hold several.
 
     Raises:
         InputError: no table gives what is recorded.
     """
-    if plan is not None or data["responses_per_prompt"] == 1:
+    if plan is not None:
         return ONE_EACH
     aggregate, prompt = data["aggregate"], data["prompt_column"]
     fewest, most = (data["responses_per_prompt"][key] for key in ("min", "max"))

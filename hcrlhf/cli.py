@@ -11,7 +11,7 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from hcrlhf import __version__
@@ -185,7 +185,7 @@ def quiet_loading() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
-def did_you_mean(word: str, known: Sequence[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str]) -> str:
     """ " (did you mean …?)" where a known word is near, else nothing."""
     others = [name for name in known if name != word]
     near = difflib.get_close_matches(word, others, n=1, cutoff=0.7)

@@ -493,7 +493,7 @@ class Constraint:
 
     @staticmethod
     def read(record: Mapping[str, Any]) -> Constraint:
-        """The constraint that `describe` described, in this or an older version.
+        """The constraint that `describe` described.
 
         Raises:
             InputError: it is not such a description.
@@ -505,10 +505,10 @@ class Constraint:
                 delta=record["delta"],
                 safety_prompts=record["safety_prompts"],
                 bound=method(record["bound"], record["bound_options"]),
-                lower=record.get("lower"),
-                upper=record.get("upper"),
-                alpha=record.get("alpha"),
-                eta=record.get("eta"),
+                lower=record["lower"],
+                upper=record["upper"],
+                alpha=record["alpha"],
+                eta=record["eta"],
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(

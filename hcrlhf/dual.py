@@ -161,8 +161,7 @@ class Dual:
         self.recent = [float(c) for c in state["recent"]]
         self.rollouts = int(state["rollouts"])
         self.steps_at_cap = [int(n) for n in state["steps_at_cap"]]
-        violated = state.get("steps_violated", self.steps_violated)  # older checkpoints have none
-        self.steps_violated = [int(n) for n in violated]
+        self.steps_violated = [int(n) for n in state["steps_violated"]]
 
 
 def pairwise_spread(costs: ArrayLike, keys: Sequence[str]) -> Floats:

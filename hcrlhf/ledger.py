@@ -61,7 +61,6 @@ class Test:
     Attributes:
         number: k.
         plans: hash of the plan, and of each continuation with fresh prompts.
-        previous: hash of the ledger's last line before the test was opened.
         prompts: keys (first 32 hex digits) of the prompts it used, or still may.
         verdict: None while it is open.
         certificate: hash of the certificate of a PASS.
@@ -72,7 +71,6 @@ class Test:
 
     number: int
     plans: tuple[str, ...]
-    previous: str
     prompts: frozenset[str]
     verdict: str | None = None
     certificate: str | None = None
@@ -119,10 +117,9 @@ class Ledger:
         """Every test, in order."""
         return list(replay(self.lines).values())
 
-    def spent(self, before: int | None = None) -> frozenset[str]:
-        """Keys of all prompts that a test (numbered below `before`) has used."""
-        tests = [t for t in self.tests if before is None or t.number < before]
-        return frozenset().union(*(t.prompts for t in tests))
+    def spent(self) -> frozenset[str]:
+        """Keys of all prompts that a test has used."""
+        return frozenset().union(*(t.prompts for t in self.tests))
 
     def find(self, plan: str) -> Test | None:
         """The test that was opened, or continued, with this plan."""
@@ -155,7 +152,7 @@ def _replay_line(tests: dict[int, Test], number: int, line: dict[str, Any]) -> N
     known = tests.get(test) if isinstance(test, int) else None
     if kind == "open" and test == len(tests) + 1:
         prompts = _listed(line["prompts"])
-        tests[test] = Test(test, (line["plan"],), line["previous"], prompts)
+        tests[test] = Test(test, (line["plan"],), prompts)
     elif kind == "continue" and known and continuable(known):
         tests[known.number] = replace(
             known,

@@ -37,6 +37,7 @@ from lightning.pytorch.utilities.rank_zero import (
 from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
 from hcrlhf import doctor, resume
+from hcrlhf.backbone import LoraOptions
 from hcrlhf.certificate import PLAN_FILE, VERDICT_FILE, read_verdict, verdict_record
 from hcrlhf.cli import (
     INTERRUPTED,
@@ -47,34 +48,43 @@ from hcrlhf.cli import (
     quiet_loading,
 )
 from hcrlhf.completions import markdown_table
+from hcrlhf.constraint import Constraint, PaperPessimism
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import require_writable, write_json, write_text
+from hcrlhf.human import HumanLabels
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.methods import METHODS
+from hcrlhf.multiplier import (
+    FixedMultiplier,
+    LogMultiplier,
+    PIDMultiplier,
+    ProjectedMultiplier,
+    SoftplusMultiplier,
+)
+from hcrlhf.ppo import PPO
+from hcrlhf.rloo import RLOO
+from hcrlhf.rollouts import Decoding
+from hcrlhf.scorers import PythonScorer, SequenceClassifier
 from hcrlhf.stages import FILE as STAGE_FILE
-from hcrlhf.text import one_line
+from hcrlhf.text import ChatFormat, one_line
 from lightning_modules import Policy, Preference, PreferenceClassifier, Supervised
 from lightning_modules.adapter_module import QUANTISES_ADAPTERS
 
-KNOWN_CLASSES = [
-    *(f"hcrlhf.methods.{cls.__name__}" for cls in METHODS.values()),
-    "hcrlhf.multiplier.FixedMultiplier",
-    "hcrlhf.multiplier.LogMultiplier",
-    "hcrlhf.multiplier.PIDMultiplier",
-    "hcrlhf.multiplier.ProjectedMultiplier",
-    "hcrlhf.multiplier.SoftplusMultiplier",
-    "hcrlhf.ppo.PPO",
-    "hcrlhf.rloo.RLOO",
-    "hcrlhf.scorers.PythonScorer",
-    "hcrlhf.scorers.SequenceClassifier",
-] + [
-    f"{cls.__module__.split('.')[0]}.{cls.__name__}"
-    for cls in (
-        *(Supervised, Preference, PreferenceClassifier, Policy),
-        *(Demonstrations, Preferences, Prompts),
-        *(SafetyTest, BestCandidate, Checkpoint, Completions, Progress),
-    )
-]
+# What a config may name by class_path.
+CLASSES: tuple[Any, ...] = (
+    *METHODS.values(),
+    *(FixedMultiplier, LogMultiplier, PIDMultiplier, ProjectedMultiplier, SoftplusMultiplier),
+    *(PPO, RLOO, PythonScorer, SequenceClassifier),
+    *(Supervised, Preference, PreferenceClassifier, Policy),
+    *(Demonstrations, Preferences, Prompts),
+    *(SafetyTest, BestCandidate, Checkpoint, Completions, Progress),
+)
+
+
+def class_path(cls: type) -> str:
+    """As configs write it: those of the folders beside hcrlhf by the folder alone."""
+    module = cls.__module__
+    return f"{module if module.startswith('hcrlhf.') else module.split('.')[0]}.{cls.__name__}"
 
 
 # Of the trainer, by command: with one of these at 0 nothing runs.
@@ -527,9 +537,9 @@ def remedy(text: str) -> str:
     """One remark of the parser in words, with a suggestion for a misspelt name."""
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         name = f"{found[1]}.{found[2]}"
-        return f"no class {name!r}{did_you_mean(name, KNOWN_CLASSES)}"
+        return f"no class {name!r}{did_you_mean(name, map(class_path, CLASSES))}"
     if found := re.search(r"No module named '([\w.]+)'", text):
-        return f"no module {found[1]!r}{did_you_mean(found[1], KNOWN_CLASSES)}"
+        return f"no module {found[1]!r}{did_you_mean(found[1], map(class_path, CLASSES))}"
     if found := re.search(r"Option '([\w.]+)' is not accepted", text):
         return unknown_key(found[1])
     if re.match(r"Unexpected config:?$", text):
@@ -571,15 +581,15 @@ def unknown_key(key: str) -> str:
 
 def known_keys() -> list[str]:
     """Every key that a config of this project may hold below model, data and trainer."""
-    from hcrlhf import constraint, multiplier, ppo, rloo, rollouts, scorers, text
-    from hcrlhf.backbone import LoraOptions
-
-    classes: list[Any] = [Supervised, Preference, Policy, Demonstrations, Preferences, Prompts]
-    classes += [PreferenceClassifier, scorers.PythonScorer, scorers.SequenceClassifier]
-    classes += [SafetyTest, Checkpoint, Completions, Progress, Trainer, LoraOptions]
-    classes += [constraint.Constraint, ppo.PPO, rloo.RLOO, rollouts.Decoding, text.ChatFormat]
-    classes += [multiplier.ProjectedMultiplier, multiplier.LogMultiplier]
-    classes += [multiplier.PIDMultiplier, multiplier.SoftplusMultiplier]
-    classes += [*METHODS.values(), AdaptiveKL]
+    options = (
+        Constraint,
+        PaperPessimism,
+        HumanLabels,
+        ChatFormat,
+        Decoding,
+        LoraOptions,
+        AdaptiveKL,
+    )
+    classes = (*CLASSES, *options, Trainer)
     names = {name for cls in classes for name in inspect.signature(cls).parameters}
     return sorted(names | {"class_path", "init_args", "model", "data", "trainer", "config"})

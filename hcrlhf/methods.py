@@ -66,8 +66,11 @@ class Bound(ABC):
         return None
 
     def passes(self, values: ArrayLike, threshold: float, delta: float, within: Range) -> bool:
-        """The decision: U <= threshold."""
-        return self.upper(values, delta, within) <= threshold
+        """The decision: U <= threshold; where there is evidence, that it has reached 1/δ."""
+        evidence = self.log_e_value(values, threshold, delta, within)
+        if evidence is None:
+            return self.upper(values, delta, within) <= threshold
+        return evidence >= -math.log(delta)
 
     def forecast(self, values: ArrayLike, n: int, delta: float, within: Range) -> float:
         """The bound that n fresh prompts would give if their values were spread like these.
@@ -221,11 +224,6 @@ class Betting(Bound):
             c=self.c,
         )
 
-    def passes(self, values: ArrayLike, threshold: float, delta: float, within: Range) -> bool:
-        """The decision: the wealth against the threshold has reached 1/δ."""
-        evidence = self.log_e_value(values, threshold, delta, within)
-        return evidence is not None and evidence >= -math.log(delta)
-
 
 @dataclass(frozen=True)
 class EProcess(Bound):
@@ -250,11 +248,6 @@ class EProcess(Bound):
     ) -> float | None:
         assert within.upper is not None
         return float(portfolio_path(values, threshold, within.upper).max())
-
-    def passes(self, values: ArrayLike, threshold: float, delta: float, within: Range) -> bool:
-        """The decision: the wealth against the threshold has once reached 1/δ."""
-        evidence = self.log_e_value(values, threshold, delta, within)
-        return evidence is not None and evidence >= -math.log(delta)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,12 @@ def response_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+def shuffled(count: int, *parts: object) -> Tensor:
+    """0 to count - 1 in an order that `parts` alone decide."""
+    generator = torch.Generator().manual_seed(response_seed(*parts) % 2**63)
+    return torch.randperm(count, generator=generator)
+
+
 def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     """(B, count) numbers in [0, 1), row i from seeds[i] alone."""
     rows = [np.random.Generator(np.random.Philox(key=seed)).random(count) for seed in seeds]

@@ -221,12 +221,12 @@ def _read(slot: str, path: Path) -> Mapping[str, Any]:
 
 
 def _of_scores(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What every record of a model that scores has; what older versions did not write is None."""
+    """What every record of a model that scores has."""
     return {
         "moments": ScoreMoments(**record["moments"]) if record["moments"] else None,
         "calibration": record["calibration"],
-        "squash": record.get("squash"),
-        "sign_weight": record.get("sign_weight"),
+        "squash": record["squash"],
+        "sign_weight": record["sign_weight"],
         "metrics": record["metrics"],
     }
 
@@ -258,9 +258,8 @@ def read_prompt_keys(folder: str) -> frozenset[str]:
         )
     if not path.is_file():
         return frozenset()
-    # Older versions did not write the hash, nor does a merged export.
-    record = _record(of_stage) if of_stage.is_file() else {}
-    if record.get(PROMPTS_HASH, found := file_sha256(path)) != found:
+    # Only a stage writes the hash, a merged export does not.
+    if of_stage.is_file() and _record(of_stage).get(PROMPTS_HASH) != file_sha256(path):
         raise InputError(
             f"{path} is not the list that the stage wrote, and a safety test could not know what "
             "it was trained on; restore the file from a copy, or train the stage again"

@@ -69,10 +69,9 @@ def verify(
     schema = record.get("schema") if isinstance(record, dict) else None
     if isinstance(record, dict) and record.get("kind") == "human":
         return _run([lambda: _human(record, path, state)])
-    if schema == 1:
-        return _run([lambda: _verify_1(record)])
-    if schema != cert.SCHEMA or isinstance(schema, bool):
-        return [Check("the schema is known", "FAILED", f"schema {schema!r}; expected 1 or 2")]
+    if schema != cert.SCHEMA:
+        detail = f"schema {_short(repr(schema))}; expected {cert.SCHEMA}"
+        return [Check("the schema is known", "FAILED", detail)]
     checks: list[Callable[[], list[Check]]] = [
         lambda: [_same("the certificate's own hash", record["hash"], sealed_hash(record))],
         lambda: _shape(record),
@@ -399,18 +398,14 @@ def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check
         _same("the costs stand in the derived order", column, derived),
         _same("every constraint judges the same costs", alike, True),
     ]
-    # Older certificates do not record how their table was read; whoever has it, says so.
-    for aggregate in (data.get("aggregate"), costs.aggregate if costs else None):
-        require_aggregate([bound["estimand"] for bound in record["bounds"]], aggregate)
+    require_aggregate([bound["estimand"] for bound in record["bounds"]], data["aggregate"])
     if costs is None:
         detail = "name the table with --costs"
         return [*results, Check(f"the table {data['file']}", "not checked", detail)]
     results.append(_same("the table's hash", data["file_sha256"], file_sha256(costs.path)))
     results.append(_same("the table's costs", sorted(column), sorted(costs.costs.tolist())))
-    if "aggregate" in data:
-        how = costs.describe()
-        results += [_same(f"how the table was read: {key}", data[key], how[key]) for key in how]
-    return results
+    how = costs.describe()
+    return results + [_same(f"how the table was read: {key}", data[key], how[key]) for key in how]
 
 
 # -- people's labels -------------------------------------------------------------------------------
@@ -450,47 +445,4 @@ def _human(record: Mapping[str, Any], path: Path, state: Path | None) -> list[Ch
         return [*results, Check("the ledger's chain", "FAILED", str(error))]
     known = any(x["kind"] == "labels" and x["labels"] == record["hash"] for x in lines)
     results.append(Check("the ledger names these labels", "ok" if known else "FAILED"))
-    return results
-
-
-# -- schema 1 --------------------------------------------------------------------------------------
-
-
-def _verify_1(record: Mapping[str, Any]) -> list[Check]:
-    """Certificates of schema 1: no ledger, no derived order that can be checked, no own hash."""
-    plan = record["plan"]
-    # In this schema a bound's "upper" is what was found, not the cap of the cost.
-    samples = _samples(record)
-    constraints = _constraints(plan["constraints"], len(samples.keys))
-    judgements = cert.judge(constraints, samples)
-    old = ("estimand", "threshold", "delta", "safety_prompts", "bound", "bound_options")
-    results = [
-        _same("the hash of the plan", record["plan_hash"], json_hash(plan)),
-        _same(
-            "the bounds are those of the plan",
-            [{k: b[k] for k in old} for b in record["bounds"]],
-            [{k: c[k] for k in old} for c in plan["constraints"]],
-        ),
-        _same("n is the number of costs", record["data"]["n"], len(samples.keys)),
-        _same("every prompt stands once", len(samples.keys), len(set(samples.keys))),
-    ]
-    for said, judgement in zip(record["bounds"], judgements, strict=True):
-        right = _close(said["upper"], judgement.upper) and said["passed"] is judgement.passed
-        results.append(
-            Check(
-                f"{said['estimand']} <= {cert.plain(said['threshold'])}: {said['bound']}",
-                "ok" if right else "FAILED",
-                f"upper bound {cert.round_up(judgement.upper)}",
-            )
-        )
-    passed = "PASS" if all(j.passed for j in judgements) else "NO_SOLUTION_FOUND"
-    results.append(_same("the verdict follows from the costs", record["verdict"], passed))
-    reason = "schema 1 does not record it"
-    for what in (
-        "the words of the claim and the certificate's own hash",
-        "the derived order of the prompts",
-        "whether the safety set was looked at before (ledger)",
-        "the policy's files beside the adapter",
-    ):
-        results.append(Check(what, "not checked", reason))
     return results

@@ -27,7 +27,7 @@ from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.refusals import is_refusal
 from hcrlhf.resume import packed_keys, unpacked_keys
-from hcrlhf.rollouts import Decoding, Rollout, response_seed
+from hcrlhf.rollouts import Decoding, Rollout, response_seed, shuffled
 from hcrlhf.safety import HoldsSafetyPrompts
 from hcrlhf.scorers import Scorer, Slot, measured_moments
 from hcrlhf.stages import ScoreMoments
@@ -446,10 +446,7 @@ class Policy(ScoredPolicy):
         totals: dict[str, float] = {}
         steps = 0
         for epoch in range(self.learner.epochs):
-            generator = torch.Generator().manual_seed(
-                response_seed(self.seed, "minibatch", self.updates, epoch) % 2**63
-            )
-            order = torch.randperm(len(rollout.keys), generator=generator)
+            order = shuffled(len(rollout.keys), self.seed, "minibatch", self.updates, epoch)
             # Sizes that differ by one at most: a last one of few responses would be a full step.
             minibatches = order.tensor_split(min(self.learner.minibatches, len(order)))
             epoch_kl = 0.0
@@ -516,10 +513,8 @@ class Policy(ScoredPolicy):
         """Those of one step: they depend on nothing that a resumed run would have to know."""
         if not self._demonstrations or self._warming_up:
             return []
-        generator = torch.Generator().manual_seed(
-            response_seed(self.seed, "ptx", self.updates, epoch, minibatch) % 2**63
-        )
-        order = torch.randperm(len(self._demonstrations), generator=generator)
+        count = len(self._demonstrations)
+        order = shuffled(count, self.seed, "ptx", self.updates, epoch, minibatch)
         return [self._demonstrations[i] for i in order[: self.ptx_batch_size].tolist()]
 
     def _imitate(self, demonstrations: list[Encoded]) -> dict[str, float]:

@@ -1037,13 +1037,6 @@ def test_a_description_names_options_range_and_tail() -> None:
     assert described["assumptions"] == "independent prompts, costs at most the declared cap"
 
 
-def test_a_description_of_the_first_version_has_no_range() -> None:
-    described = {k: v for k, v in student(-0.5).describe().items() if k not in (
-        "lower", "upper", "alpha", "eta"
-    )}  # fmt: skip
-    assert Constraint.read(described) == student(-0.5)
-
-
 @pytest.mark.parametrize(
     "edit",
     [

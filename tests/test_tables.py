@@ -307,28 +307,6 @@ def test_a_certificate_that_no_table_gives_is_not_verified(
     assert "FAILED       the certificate is co" in capsys.readouterr().out  # complete or consistent
 
 
-@pytest.mark.parametrize(
-    ("content", "read"), [(TWICE, ["--aggregate", "mean"]), (csv_text(head="who,cost"), [])]
-)
-def test_a_certificate_from_before_this_was_recorded_is_still_verified(
-    tmp_path: Path, content: str, read: list[str]
-) -> None:
-    path, out = tmp_path / "a.csv", tmp_path / "out"
-    path.write_text(content)
-    told = read or ["--prompt-column", "none"]
-    assert main(["certify", str(path), *MEAN, *told, "--out", str(out)]) == PASSED
-    record = read_json(out / "certificate.json")
-    for key in ("cost_column", "prompt_column", "aggregate"):
-        del record["data"][key]
-    record["data"]["responses_per_prompt"] = 1
-    constraints = [Constraint.read(bound).ready() for bound in record["bounds"]]
-    record["claim"] = cert.make_claim(constraints, None, record["data"])
-    assert resealed(out, record) == PASSED
-    assert f": {record['data']['n']} prompts, one response" in (out / "certificate.md").read_text()
-    costs = ["--costs", str(path), *read]
-    assert main(["verify", str(out / "certificate.json"), *costs]) == PASSED
-
-
 # -- a table that does not name its prompts --------------------------------------------------------
 
 
@@ -750,7 +728,7 @@ print("\\nRESULT", code, f"{seconds:.2f}", *heavy)
     ("command", "code"),
     [
         (["certify", "a.csv", *MEAN], PASSED),
-        (["verify", "tests/data/certificate-v1.json"], PASSED),
+        (["verify", "tests/data/v2/certificate.json"], PASSED),
         (["power", "--gap", "1", "--n", "30", "--bound", "student_t"], PASSED),
         (["ledger", "tests/data/v2/ledger.jsonl"], PASSED),
         (["unseal", "."], BAD_INPUT),
