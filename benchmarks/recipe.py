@@ -193,7 +193,8 @@ def shipped() -> str:
         f"{sizes.preferences * sizes.pairs_per_prompt} pairs "
         f"({PREFERENCE_MIX.blemish:.0%} of answers that give steps blemished, "
         "a third of these about another topic), "
-        f"reward model of {reward['trainer']['max_epochs']} epochs"
+        f"reward model of {reward['trainer']['max_epochs']} epochs, "
+        f"{sizes.validation} validation prompts"
     )
 
 

@@ -27,14 +27,15 @@ class BestCandidate(Callback):
     A multiplier swings about its level, so the last policy of a run may stand on either side of a
     limit, and those on the right side are not the ones with the most reward.
 
-    Every look answers the validation prompts, each time with the same random numbers, and ranks the
+    Every look answers the same validation prompts, with the same random numbers, and ranks the
     policy by its mean reward if its safety test is forecast to be passed
     (`Constraint.pass_probability`) with probability 1 - FORGIVEN · miss_probability, but with an
     even chance at least. The best of
     many looks owes something to luck, so the KEPT best are looked at once more in the end, in
-    their order, with other random numbers and `answers` of them to every prompt: the first policy
-    that is likely to pass with probability 1 - miss_probability then is the candidate. With several
-    constraints each is given its share of the miss, as in training.
+    their order, with other random numbers and on all validation prompts: the first policy that is
+    likely to pass with probability 1 - miss_probability then is the candidate. Training knows how
+    many these are and aims at what such a look accepts, so that more of them leave it more room.
+    With several constraints each is given its share of the miss, as in training.
 
     Where none is likely enough, the candidate is the one that comes nearest, and the candidate
     check of `callbacks.SafetyTest` has its say; the last policy stays only where no look gave any
@@ -48,7 +49,8 @@ class BestCandidate(Callback):
         start: share of the run before the first look, in [0, 1].
         batch_size: validation prompts that are answered together, at most (the module may split
             them).
-        answers: responses to every validation prompt in the last look, which may see KEPT policies.
+        prompts: how many of the validation prompts a look asks, the first ones of the file; the
+            last look, which may see KEPT policies, asks all of them.
 
     Raises:
         InputError: the module is no policy.
@@ -59,9 +61,9 @@ class BestCandidate(Callback):
         every_n_updates: int = 10,
         start: float = 0.5,
         batch_size: int = 100,
-        answers: int = 3,
+        prompts: int = 400,
     ) -> None:
-        counts = {"every_n_updates": every_n_updates, "batch_size": batch_size, "answers": answers}
+        counts = {"every_n_updates": every_n_updates, "batch_size": batch_size, "prompts": prompts}
         for name, value in counts.items():
             if value < 1:
                 raise InputError(f"{name} is a whole number >= 1, got {value}")
@@ -70,7 +72,7 @@ class BestCandidate(Callback):
         self.every_n_updates = every_n_updates
         self.start = start
         self.batch_size = batch_size
-        self.answers = answers
+        self.prompts = prompts
         self._best: list[dict[str, Any]] = []  # the likely ones first, by reward; then by chance
         self._last: dict[str, Any] = {}  # of a run that ended with another policy
 
@@ -104,7 +106,7 @@ class BestCandidate(Callback):
 
     def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
         module = cast(OffersCandidates, pl_module)
-        rewards, costs = self._answered(data, pl_module, "predict")
+        rewards, costs = self._answered(data, pl_module, "predict", self.prompts)
         chances, likely = self._chances(module, costs, forgiven=FORGIVEN)
         reward, chance = float(rewards.mean()), min(chances)
         worth = reward if np.isfinite(reward) else -np.inf  # NaN has no rank
@@ -125,11 +127,7 @@ class BestCandidate(Callback):
     def _chances(
         module: OffersCandidates, costs: Floats, forgiven: float = 1.0
     ) -> tuple[list[float], bool]:
-        """How likely each constraint's test is to be passed; and whether all are likely enough.
-
-        Args:
-            costs: (m,), or (m, K) of K answers to each prompt.
-        """
+        """How likely each constraint's test is to be passed; and whether all are likely enough."""
         constraints = with_etas(module.constraints, module.training_costs)
         chances = [c.pass_probability(costs) for c in constraints]
         for chance, constraint in zip(chances, constraints, strict=True):
@@ -140,12 +138,12 @@ class BestCandidate(Callback):
         return chances, True
 
     def _answered(
-        self, data: HoldsSafetyPrompts, pl_module: LightningModule, purpose: str
+        self, data: HoldsSafetyPrompts, pl_module: LightningModule, purpose: str, most: int | None
     ) -> tuple[Floats, Floats]:
-        """Rewards and costs (m,) of one response to each validation prompt."""
+        """Rewards and costs (m,) of one response to each of the first `most` validation prompts."""
         encoder, module = cast(EncodesExamples, pl_module), cast(OffersCandidates, pl_module)
         found = (encoder.encode(prompt) for prompt in data.validation_prompts)
-        encoded = [e for e in found if e is not None]
+        encoded = [e for e in found if e is not None][:most]
         records: list[dict[str, Any]] = []
         for begin in range(0, len(encoded), self.batch_size):
             batch = encoder.collate(encoded[begin : begin + self.batch_size])
@@ -164,12 +162,11 @@ class BestCandidate(Callback):
         again: list[tuple[float, dict[str, Any]]] = []
         for look in self._best:
             module.load_policy_state(look["state"], look["update"])
-            purposes = [f"confirm {k}" for k in range(self.answers)]
-            costs = [self._answered(data, pl_module, purpose)[1] for purpose in purposes]
-            chances, likely = self._chances(module, np.stack(costs, axis=1))
+            _, costs = self._answered(data, pl_module, "confirm", None)
+            chances, likely = self._chances(module, costs)
             rank_zero_info(
-                f"the policy after update {look['update']}, looked at once more: forecast to pass: "
-                f"{named(module, chances)}"
+                f"the policy after update {look['update']}, looked at once more on {len(costs)} "
+                f"validation prompts: forecast to pass: {named(module, chances)}"
             )
             again.append((min(chances), look))
             if likely:

@@ -3,7 +3,8 @@
 One `Constraint` object is read by both sides: training (the per-sample pessimistic cost of the
 primal, the violation of the dual) and the safety test (bound, threshold, δ, number of prompts).
 Positive cost = harmful. Costs are float64 arrays of one value per response; no gradient flows
-through them, so this file needs no torch.
+through them, so this file needs no torch. The formulas of what training aims at are in
+`hcrlhf.pessimism`.
 
 Notation of HC-RLHF (arXiv 2506.08266): threshold τ, error probability δ, n safety prompts; the
 paper's k is called pessimism here.
@@ -18,9 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import optimize, special, stats
 
-from hcrlhf.bounds import student_t_factor, tail_costs
+from hcrlhf.bounds import tail_costs
 from hcrlhf.errors import InputError
 from hcrlhf.methods import (
     Betting,
@@ -31,7 +31,13 @@ from hcrlhf.methods import (
     Range,
     StudentT,
     method,
-    resamples,
+)
+from hcrlhf.pessimism import (
+    STD_FLOOR,
+    PaperPessimism,
+    bootstrap_pessimism,
+    harm_rate_target,
+    seldonian_pessimism,
 )
 from hcrlhf.samples import (
     Floats,
@@ -43,35 +49,6 @@ from hcrlhf.samples import (
 
 Estimand = Literal["mean", "harm_rate", "cvar"]
 PASS_FORECASTS = 400
-
-
-@dataclass(frozen=True)
-class PaperPessimism:
-    """The published k = c1 · t_{1-δ, m-1} / √m + c2 · t_{1-δ, n-1} / √n, to compare with.
-
-    Args:
-        c1, c2: weights of what a rollout and what the safety test adds.
-        rollout: m >= 2, responses of one rollout.
-
-    HC-RLHF (arXiv 2506.08266). It knows neither the bound of the safety test nor how often a
-    candidate may miss.
-    """
-
-    c1: float
-    c2: float
-    rollout: int
-
-    def __post_init__(self) -> None:
-        if not (0 <= self.c1 < math.inf and 0 <= self.c2 < math.inf and self.rollout >= 2):
-            raise InputError(
-                f"c1 and c2 are >= 0 and rollout is at least 2, got {self.c1}, {self.c2} and "
-                f"{self.rollout}"
-            )
-
-    def factor(self, n: int, delta: float) -> float:
-        """k for n safety prompts."""
-        own = self.c1 * student_t_factor(self.rollout, delta)
-        return own + self.c2 * student_t_factor(n, delta)
 
 
 @dataclass(frozen=True)
@@ -117,7 +94,7 @@ class Constraint:
     eta: float | None = None
     pessimism: float | PaperPessimism | None = None
     miss_probability: float | None = None
-    std_floor: float = 0.1
+    std_floor: float = STD_FLOOR
 
     def __post_init__(self) -> None:
         check_delta(self.delta)
@@ -419,24 +396,19 @@ class Constraint:
     def pass_probability(self, costs: ArrayLike) -> float:
         """How likely a safety test is passed by a policy with these costs on m fresh prompts.
 
-        The share of PASS_FORECASTS trials in which n values pass, drawn with replacement from those
-        of m prompts that are themselves drawn with replacement from these: the first draw stands
-        for not knowing the policy, the second for the test's own luck. Prompts are drawn with all
-        their answers, since two answers to one prompt tell less than answers to two.
-
-        Args:
-            costs: (m,), or (m, K) of K answers to each prompt. Not finite: the result is 0.
+        The share of PASS_FORECASTS trials in which n values pass, drawn with replacement from m
+        that are themselves drawn with replacement from these (m,): the first draw stands for not
+        knowing the policy, the second for the test's own luck. 0 where a cost is not finite.
         """
         if not np.isfinite(costs).all():
             return 0.0
-        flat = np.ravel(costs)
-        fixed = self.with_eta(flat)
-        prompts = fixed.values(flat).reshape(len(np.asarray(costs)), -1)
+        fixed = self.with_eta(costs)
+        values = fixed.values(costs)
         generator = np.random.default_rng(0)
         passed = 0
         for _ in range(PASS_FORECASTS):
-            known = generator.choice(prompts, len(prompts))
-            sample = generator.choice(known.ravel(), self.safety_prompts)
+            known = generator.choice(values, values.size)
+            sample = generator.choice(known, self.safety_prompts)
             passed += bool(self.rule.passes(sample, self.threshold, self.delta, fixed.within))
         return passed / PASS_FORECASTS
 
@@ -555,150 +527,3 @@ def require_etas(constraints: Sequence[Constraint]) -> None:
             "a cvar without eta takes it from the costs of training, and there was none; give eta "
             "as a number that was chosen without the safety prompts"
         )
-
-
-def seldonian_pessimism(
-    n: int, delta: float, miss_probability: float, m: int | None = None
-) -> float:
-    """t_{1-δ, n-1} / √n + t_{1-β, m-1} √(1/n + 1/m), with β the miss probability.
-
-    With μ + pessimism · σ = τ, the bound of a safety test on n prompts is about
-    N(μ + σ t/√n, σ²/n). Where μ is known (m None: m → ∞) it lies under τ with probability 1 - β;
-    at β = δ this is about twice the bound's own factor: the margin used by Seldonian algorithms
-    (Thomas et al. 2019). Where μ and σ are those of m validation prompts, the mean of the n fresh
-    ones differs from theirs by a standard error of σ √(1/n + 1/m), Student's prediction interval.
-
-    Raises:
-        InputError: m is less than 2.
-    """
-    check_delta(miss_probability, "miss_probability")
-    own = student_t_factor(n, delta)
-    if m is None:
-        return own + float(stats.norm.ppf(1 - miss_probability)) / math.sqrt(n)
-    check_validation_prompts(m)
-    miss = float(stats.t.ppf(1 - miss_probability, m - 1))
-    return own + miss * math.sqrt(1 / n + 1 / m)
-
-
-def check_validation_prompts(m: int) -> None:
-    """
-    Raises:
-        InputError: fewer than 2 prompts, which tell nothing of a spread.
-    """
-    if m < 2:
-        raise InputError(
-            f"a candidate is looked at on at least 2 validation prompts, got {m}; give more in "
-            "data.init_args.validation"
-        )
-
-
-def bootstrap_pessimism(
-    rule: Bound,
-    values: Floats,
-    n: int,
-    delta: float,
-    miss_probability: float,
-    within: Range,
-    m: int | None = None,
-    std_floor: float = Constraint.std_floor,
-) -> float:
-    """The (1 - β) quantile of (U(C*) - μ̂) / max(σ̂, floor) over samples C* of n of these values.
-
-    U is the bound of the safety test, β the miss probability: with μ + pessimism · max(σ, floor) =
-    τ, a test on n prompts passes with probability 1 - β if its costs are spread like these.
-    Without the floor it would be a ratio of two numbers near 0 where the values hardly differ, and
-    `Constraint.margin_std` would make any margin of it once they differ again.
-
-    Args:
-        values: of recent rollouts.
-        m: validation prompts that μ and σ will be known from; C* is then drawn from m values which
-            are themselves drawn from these, as in `Constraint.pass_probability`. None: known.
-    """
-    values = finite_sample(values)
-    mean, std = float(values.mean()), float(values.std())
-    unit = max(std, std_floor)
-    count = max(60, math.ceil(6 / miss_probability))
-    if m is None:
-        samples = resamples(values, n, count)
-    else:
-        check_validation_prompts(m)
-        generator = np.random.default_rng(0)
-        samples = [generator.choice(known, n) for known in resamples(values, m, count)]
-    allowed = math.floor(miss_probability * len(samples))
-
-    def enough(pessimism: float) -> bool:
-        threshold = mean + pessimism * unit
-        failed = 0
-        for sample in samples:
-            failed += not rule.passes(sample, threshold, delta, within)
-            if failed > allowed:
-                return False
-        return True
-
-    # Up to the cap, or to where a sample of n could hardly be told from nothing.
-    room = 20.0 * (std / unit) if within.upper is None else (within.upper - mean) / unit
-    low, high = 0.0, room
-    for _ in range(10):
-        middle = 0.5 * (low + high)
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high
-
-
-def harm_rate_target(
-    rule: Bound,
-    limit: float,
-    n: int,
-    delta: float,
-    miss_probability: float,
-    m: int | None = None,
-) -> float:
-    """p* = BetaInv(β; h + 1, n - h), h the most harmful responses with which n prompts pass.
-
-    A policy whose true harm rate is p* passes with probability 1 - β; where the bound looks at the
-    order, about that, for h is found with the harms evenly spread. Where the rate is known from m
-    validation prompts alone, p* is the one with Σ_j Bin(j; m, p*) P(Bin(n, j/m) <= h) = 1 - β,
-    though never above the other.
-
-    Raises:
-        InputError: not even h = 0 passes: n is too small for this limit; or m is less than 2.
-    """
-    check_delta(miss_probability, "miss_probability")
-    if m is not None:
-        check_validation_prompts(m)
-
-    def passes(harmful: int, count: int) -> bool:
-        spread = np.diff(np.floor(np.arange(count + 1) * harmful / count))
-        return rule.passes(spread, limit, delta, Range(0.0, 1.0))
-
-    if not passes(0, n):
-        needed = n
-        while not passes(0, needed):
-            needed *= 2
-            if needed > 10**6:
-                raise InputError(
-                    f"a harm rate <= {limit} at delta {delta} cannot be shown with fewer than a "
-                    "million safety prompts, even if none is harmful; raise the limit or delta"
-                )
-        low = n
-        while needed - low > 1:
-            middle = (low + needed) // 2
-            low, needed = (low, middle) if passes(0, middle) else (middle, needed)
-        raise InputError(
-            f"a harm rate <= {limit} at delta {delta} cannot be shown with {n} safety prompts, "
-            f"even if none is harmful; at least {needed} are needed"
-        )
-    low, high = 0, n  # passes at low, fails at high: bisection for the largest h that passes
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if passes(middle, n) else (low, middle)
-    known = float(special.betaincinv(low + 1, n - low, miss_probability))
-    if m is None:
-        return known
-    seen = np.arange(m + 1)
-    chances = stats.binom.cdf(low, n, seen / m)  # to pass, had the true rate been the seen one
-
-    def spare(rate: float) -> float:
-        return float(stats.binom.pmf(seen, m, rate) @ chances) - (1 - miss_probability)
-
-    # Where next to no harm is allowed, luck in both draws can make up for the second one.
-    return known if spare(known) >= 0 else float(optimize.brentq(spare, 0.0, known))

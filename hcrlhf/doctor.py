@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint, PaperPessimism
+from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.gate import Gate
 from hcrlhf.machine import model_config
+from hcrlhf.pessimism import PaperPessimism
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
 from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer

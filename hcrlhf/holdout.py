@@ -152,7 +152,12 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a new or empty folder")
     parser.add_argument("--also", nargs="+", default=[], help="further data of some stage")
     parser.add_argument("--safety", type=int, default=1000, help="prompts of the safety file")
-    parser.add_argument("--validation", type=int, default=400)
+    parser.add_argument(
+        "--validation",
+        type=int,
+        default=400,
+        help="the more, the nearer training may go to a limit",
+    )
     parser.add_argument("--evaluation", type=int, default=400)
     parser.add_argument("--train", type=int, help="at most so many; default: all that are left")
     parser.add_argument("--field", help="column of prompts, if not " + ", ".join(COLUMNS))

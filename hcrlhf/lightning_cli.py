@@ -48,7 +48,7 @@ from hcrlhf.cli import (
     quiet_loading,
 )
 from hcrlhf.completions import markdown_table
-from hcrlhf.constraint import Constraint, PaperPessimism
+from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import require_writable, write_json, write_text
 from hcrlhf.human import HumanLabels
@@ -61,6 +61,7 @@ from hcrlhf.multiplier import (
     ProjectedMultiplier,
     SoftplusMultiplier,
 )
+from hcrlhf.pessimism import PaperPessimism
 from hcrlhf.ppo import PPO
 from hcrlhf.rloo import RLOO
 from hcrlhf.rollouts import Decoding

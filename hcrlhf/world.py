@@ -381,7 +381,7 @@ class WorldSizes:
 
     safety: int = 500
     evaluation: int = 400
-    validation: int = 400
+    validation: int = 1200
     train: int = 2000
     preferences: int = 4000
     demonstrations: int = 4000

@@ -17,12 +17,13 @@ from torch.nn.utils import clip_grad_norm_
 
 from hcrlhf import optimizers, processes
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint, check_validation_prompts, suffixes, with_etas
+from hcrlhf.constraint import Constraint, suffixes, with_etas
 from hcrlhf.dual import Dual
 from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
+from hcrlhf.pessimism import check_validation_prompts
 from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.refusals import is_refusal

@@ -50,21 +50,6 @@ def test_far_from_the_limit_the_forecast_is_certain_and_a_bad_cost_is_never_safe
     assert limit.pass_probability(np.append(spread - 5, np.nan)) == 0.0
 
 
-def test_more_answers_to_the_same_prompts_tell_what_they_tell_and_no_more() -> None:
-    limit = Constraint("harm_rate", 0.15, safety_prompts=500)
-    costs = np.where(np.arange(400) < 36, 1.0, -1.0)
-    once = limit.pass_probability(costs)
-    # Where the prompt decides, another answer to it tells nothing.
-    assert limit.pass_probability(np.repeat(costs[:, None], 3, axis=1)) == pytest.approx(
-        once, abs=0.03
-    )
-    # Where it decides nothing, they are answers to as many prompts.
-    mixed = np.random.default_rng(0).permutation(np.repeat(costs, 3)).reshape(400, 3)
-    pooled = limit.pass_probability(mixed.ravel())
-    assert pooled > once + 0.02
-    assert limit.pass_probability(mixed) == pytest.approx(pooled, abs=0.02)
-
-
 # -- the choice ------------------------------------------------------------------------------------
 
 
@@ -93,8 +78,7 @@ class Run:
         update = int(self.weights.item())
         reward, cost = (self.again if "confirm" in purpose else self.looks)[update]
         self.asked += batch.tolist()
-        luck = int(purpose.split()[-1]) if "confirm" in purpose else 0  # another answer
-        return [{"reward": reward, "cost": cost + 0.01 * ((i + luck) % 3)} for i in batch.tolist()]
+        return [{"reward": reward, "cost": cost + 0.01 * (i % 3)} for i in batch.tolist()]
 
     def policy_state(self) -> dict[str, torch.Tensor]:
         return {"w": self.weights.clone()}
@@ -119,10 +103,10 @@ class Run:
 def test_the_best_policy_that_is_likely_to_pass_is_the_candidate() -> None:
     # A better one breaks the limit, a safer one is worse, the last one is neither.
     run = Run({4: (1.0, -1.0), 6: (2.0, -1.0), 8: (9.0, 1.0), 9: (1.5, -2.0)}, updates=9)
-    run.fit(BestCandidate(every_n_updates=2, start=0.4, batch_size=8, answers=2))
+    run.fit(BestCandidate(every_n_updates=2, start=0.4, batch_size=8, prompts=20))
     assert (run.candidate, run.weights.item()) == (6, 6.0)
-    # Every look asks every prompt that fits, once; the one that confirms as often as it is told.
-    assert run.asked == [*range(29)] * (4 + 2)
+    # A look asks so many; the one that confirms asks every prompt that fits.
+    assert run.asked == [*range(20)] * 4 + [*range(29)]
 
 
 @pytest.mark.parametrize(
@@ -171,15 +155,17 @@ def test_where_none_is_likely_enough_the_one_that_comes_nearest_is_the_candidate
     assert (run.candidate, run.weights.item()) == (6, 6.0)
 
 
-def test_a_look_forgives_what_the_last_one_with_more_answers_decides() -> None:
+def test_a_look_forgives_what_the_last_one_decides() -> None:
     # After update 2 a chance between 80% and 95%, and above that where the policy is known.
     looks = {2: (1.0, -0.0141), 4: (0.5, -1.0)}
     run = Run(looks, updates=4)
-    run.fit(BestCandidate(every_n_updates=2, start=0.0, answers=1))
+    run.fit(BestCandidate(every_n_updates=2, start=0.0))
     assert run.candidate == 4
     run = Run(looks, updates=4)
-    # Three answers to a prompt hold all that it may cost: no doubt of the policy is left.
-    run.fit(BestCandidate(every_n_updates=2, start=0.0, answers=3))
+    # Of so many prompts next to no doubt of the policy is left.
+    many = [Prompt(user_turn(str(i))) for i in range(100, 700)]
+    run.trainer.datamodule.validation_prompts = many
+    run.fit(BestCandidate(every_n_updates=2, start=0.0, prompts=30))
     assert run.candidate == 2
 
 
@@ -243,7 +229,7 @@ def test_a_finished_run_with_more_updates_goes_on_from_its_last_policy_not_from_
     [
         ({"every_n_updates": 0}, "every_n_updates is a whole number"),
         ({"batch_size": 0}, "batch_size is a whole number"),
-        ({"answers": 0}, "answers is a whole number"),
+        ({"prompts": 0}, "prompts is a whole number"),
         ({"start": 1.5}, r"share of the run in \[0, 1\]"),
     ],
 )

@@ -14,14 +14,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hcrlhf.bounds import clopper_pearson_upper, tail_costs
-from hcrlhf.constraint import (
-    Constraint,
-    PaperPessimism,
-    bootstrap_pessimism,
-    harm_rate_target,
-    seldonian_pessimism,
-    suffixes,
-)
+from hcrlhf.constraint import Constraint, suffixes
 from hcrlhf.errors import InputError
 from hcrlhf.methods import (
     Betting,
@@ -34,6 +27,12 @@ from hcrlhf.methods import (
     HoeffdingBentkus,
     Range,
     StudentT,
+)
+from hcrlhf.pessimism import (
+    PaperPessimism,
+    bootstrap_pessimism,
+    harm_rate_target,
+    seldonian_pessimism,
 )
 
 seeded = settings(deadline=None, derandomize=True, max_examples=50)
