@@ -75,6 +75,7 @@ class BestCandidate(Callback):
         self.prompts = prompts
         self._best: list[dict[str, Any]] = []  # the likely ones first, by reward; then by chance
         self._last: dict[str, Any] = {}  # of a run that ended with another policy
+        self._looked_at = 0  # the update of the last look
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and not isinstance(pl_module, OffersCandidates):
@@ -100,12 +101,15 @@ class BestCandidate(Callback):
     ) -> None:
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         update = cast(SafetyTestable, pl_module).updates
-        due = update % self.every_n_updates == 0 and update >= self.start * data.updates
-        if due or trainer.is_last_batch:
-            self._look(data, pl_module, update)
+        if update % self.every_n_updates == 0 and update >= self.start * data.updates:
+            self._look(trainer, pl_module)
 
-    def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule, update: int) -> None:
-        module = cast(OffersCandidates, pl_module)
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        module, update = cast(OffersCandidates, pl_module), cast(SafetyTestable, pl_module).updates
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        self._looked_at = update
         rewards, costs = self._answered(data, pl_module, "predict", self.prompts)
         chances, likely = self._chances(module, costs, forgiven=FORGIVEN)
         reward, chance = float(rewards.mean()), min(chances)
@@ -153,6 +157,10 @@ class BestCandidate(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One epoch is the whole run. Before the last checkpoint is written and the test begins.
+        if self._looked_at != cast(SafetyTestable, pl_module).updates:
+            self._look(trainer, pl_module)
+        if not self._looked_at:
+            return
         if not self._best:
             rank_zero_info("no policy of this run has a chance to pass; the last one stays")
             return
@@ -177,10 +185,11 @@ class BestCandidate(Callback):
         rank_zero_info(f"the candidate is the policy after update {look['update']}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": list(self._best), "last": dict(self._last)}
+        return {"best": list(self._best), "last": dict(self._last), "looked_at": self._looked_at}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best, self._last = list(state_dict["best"]), dict(state_dict["last"])
+        self._looked_at = int(state_dict["looked_at"])
 
 
 def named(module: OffersCandidates, chances: Sequence[float]) -> str:

@@ -242,7 +242,7 @@ def remedies(sizes: Sizes) -> dict[str, Sizes]:
         name = (
             f"data batch_size: {max(half // unit, 1)} (and accumulate_grad_batches twice as many)"
         )
-        found[name] = replace(sizes, rows=rows, batch=-(-half // rows))
+        found[name] = replace(sizes, rows=rows, batch=-(-half // rows), accumulated=True)
     if sizes.response > 64:
         half = sizes.response // 2
         found[f"chat.max_response_tokens: {half}"] = replace(sizes, response=half)

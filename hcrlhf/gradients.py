@@ -19,11 +19,10 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, outer: Tensor) -> Any:
-        # Nothing else holds these tensors from here on, so that a weight without a gradient takes
-        # its own as it is.
-        gradient, ctx.gradient = ctx.gradient, None
-        torch._foreach_mul_(gradient, outer)
-        return None, None, *gradient
+        # One after the other, and nothing else holds them: no more than one is there twice. Not in
+        # place, for two weights may have been given the same tensor.
+        gradient, ctx.gradient = ctx.gradient, []
+        return None, None, *(gradient.pop(0) * outer for _ in range(len(gradient)))
 
 
 def known_gradient(loss: Callable[[], Tensor], weights: Sequence[torch.nn.Parameter]) -> Tensor:

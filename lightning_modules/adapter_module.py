@@ -355,6 +355,12 @@ class AdapterModule(StageModule):
         self.backbone.train()
         super().on_train_start()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        # Lightning forgets the last gradient after `training_step`, which makes the next one here.
+        if self.automatic_optimization and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            for weight in self.trained():
+                weight.grad = None
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         return self.backbone.trained_state()
 

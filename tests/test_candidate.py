@@ -65,7 +65,7 @@ class Run:
         self.asked: list[int] = []
         prompts = [Prompt(user_turn(str(i))) for i in range(30)]
         data = SimpleNamespace(updates=updates, validation_prompts=prompts)
-        self.trainer = SimpleNamespace(datamodule=data, is_last_batch=False)
+        self.trainer = SimpleNamespace(datamodule=data, fast_dev_run=0)
         self.device = torch.device("cpu")
 
     def encode(self, prompt: Prompt) -> int | None:
@@ -95,7 +95,6 @@ class Run:
         for update in range(begin + 1, end + 1):
             self.updates = update
             self.weights = torch.tensor([float(update)])
-            self.trainer.is_last_batch = update == end
             callback.on_train_batch_end(self.trainer, self, None, None, update - 1)  # type: ignore[arg-type]
         callback.on_train_epoch_end(self.trainer, self)  # type: ignore[arg-type]
 
@@ -189,6 +188,10 @@ def test_a_run_that_is_cut_short_before_the_first_look_is_looked_at_all_the_same
     run = Run({2: (2.0, -1.0)}, updates=100)
     run.fit(BestCandidate(start=0.6, every_n_updates=2), end=2)
     assert run.candidate == 2
+    tried = Run({1: (2.0, -1.0)}, updates=100)
+    tried.trainer.fast_dev_run = 1
+    tried.fit(BestCandidate(every_n_updates=1), end=1)
+    assert tried.asked == [] and tried.candidate is None
 
 
 def test_the_candidate_survives_a_checkpoint() -> None:

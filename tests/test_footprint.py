@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig
 
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
+from hcrlhf.doctor import remedies
 from hcrlhf.footprint import LiveBytes, Sizes, _footprint, _joined, footprint
 from hcrlhf.gradients import known_gradient
 from hcrlhf.rollouts import Decoding, sample
@@ -233,6 +234,12 @@ def test_the_earlier_stages_and_their_optimizer_step_are_foretold_too(
     for phase, peak in found.items():
         foretold = told.working[phase] + states_of_optimizer[phase] + weights
         assert foretold == pytest.approx(peak + weights, rel=TOLERANCE), phase
+
+
+def test_half_a_batch_is_foretold_beside_the_gradient_of_the_other_half() -> None:
+    sizes = replace(policy_sizes({}, mixed=False), stage="supervised", rows=4, batch=2)
+    (halved,) = (smaller for key, smaller in remedies(sizes).items() if "batch_size" in key)
+    assert (halved.rows, halved.batch, halved.accumulated) == (4, 1, True)
 
 
 def test_unpacked_rollouts_are_foretold_too(tmp_path: Path, make_llama: Any) -> None:

@@ -1229,6 +1229,24 @@ def test_a_backward_pass_without_memory_leaves_what_other_batches_have_added(
     assert (again - first).norm() <= 1e-5 * first.norm()
 
 
+def test_the_last_steps_gradient_is_gone_before_the_next_one_is_made(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, seen = torch.autograd.grad, []
+
+    def noted(loss: Any, weights: Any, **options: Any) -> Any:
+        seen.append(any(w.grad is not None for w in weights))
+        return honest(loss, weights, **options)
+
+    monkeypatch.setattr("hcrlhf.gradients.torch.autograd.grad", noted)
+    more = ["--trainer.limit_train_batches", "4", "--trainer.accumulate_grad_batches"]
+    assert fit_stage(demo, "sft", tmp_path / "alone", *more, "1") == PASSED
+    assert seen == [False] * 4
+    seen.clear()
+    assert fit_stage(demo, "sft", tmp_path / "added", *more, "2") == PASSED
+    assert seen == [False, True] * 2
+
+
 def test_training_knows_how_many_validation_prompts_a_candidate_is_looked_at_on(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -1705,7 +1723,7 @@ def test_two_processes_make_the_run_of_one(demo: Path, tmp_path: Path) -> None:
     # 40 safety prompts in batches of 13: the last one has a prompt for one process alone.
     looks = {
         "class_path": "callbacks.BestCandidate",
-        "init_args": {"every_n_updates": 1, "start": 0.0, "batch_size": 7, "answers": 2},
+        "init_args": {"every_n_updates": 1, "start": 0.0, "batch_size": 7, "prompts": 11},
     }
     every = {"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 1}}
     test = {
