@@ -55,6 +55,7 @@ from hcrlhf import cli
 from hcrlhf.cli import CRASHED, NO_SOLUTION, NOT_TESTED, PASSED
 from hcrlhf.constraint import Constraint
 from hcrlhf.demo import CONFIGS, Demo
+from hcrlhf.pessimism import LOOK
 from hcrlhf.preferences import proportion
 from hcrlhf.samples import Floats
 from hcrlhf.world import (
@@ -194,7 +195,7 @@ def shipped() -> str:
         f"({PREFERENCE_MIX.blemish:.0%} of answers that give steps blemished, "
         "a third of these about another topic), "
         f"reward model of {reward['trainer']['max_epochs']} epochs, "
-        f"{sizes.validation} validation prompts"
+        f"{sizes.validation} validation prompts in a last look, {LOOK} in others"
     )
 
 
@@ -361,7 +362,7 @@ def pessimistic(rewards: Floats, costs: Floats, prompts: Floats, module: Any) ->
     The margin of the mean is that of the costs of the solution itself, found by repetition.
     """
     mean_cost, rate = module.constraints
-    m = WorldSizes().validation
+    m = min(WorldSizes().validation, LOOK)
     generator, margin = np.random.default_rng(0), 0.0
     for _ in range(5):
         limits = (mean_cost.training_target(2) - margin, rate.training_target(2, m))

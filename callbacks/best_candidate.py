@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from hcrlhf.constraint import with_etas
 from hcrlhf.errors import InputError
 from hcrlhf.examples import EncodesExamples
+from hcrlhf.pessimism import LOOK
 from hcrlhf.safety import HoldsSafetyPrompts, OffersCandidates, SafetyTestable
 from hcrlhf.samples import Floats
 
@@ -33,9 +34,10 @@ class BestCandidate(Callback):
     even chance at least. The best of
     many looks owes something to luck, so the KEPT best are looked at once more in the end, in
     their order, with other random numbers and on all validation prompts: the first policy that is
-    likely to pass with probability 1 - miss_probability then is the candidate. Training knows how
-    many these are and aims at what such a look accepts, so that more of them leave it more room.
-    With several constraints each is given its share of the miss, as in training.
+    likely to pass with probability 1 - miss_probability then is the candidate. Training aims at
+    what a look at LOOK prompts would accept; with more of them the last one accepts a little more,
+    so that a policy may stand where a swing has left it. With several constraints each is given its
+    share of the miss, as in training.
 
     Where none is likely enough, the candidate is the one that comes nearest, and the candidate
     check of `callbacks.SafetyTest` has its say; the last policy stays only where no look gave any
@@ -61,7 +63,7 @@ class BestCandidate(Callback):
         every_n_updates: int = 10,
         start: float = 0.5,
         batch_size: int = 100,
-        prompts: int = 400,
+        prompts: int = LOOK,
     ) -> None:
         counts = {"every_n_updates": every_n_updates, "batch_size": batch_size, "prompts": prompts}
         for name, value in counts.items():

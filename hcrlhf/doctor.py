@@ -20,7 +20,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.gate import Gate
 from hcrlhf.machine import model_config
-from hcrlhf.pessimism import PaperPessimism
+from hcrlhf.pessimism import LOOK, PaperPessimism
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
 from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer
@@ -318,9 +318,8 @@ def _prompts(data: Mapping[str, Any], encoder: TextEncoder | None) -> tuple[Find
     counts = ", ".join(f"{len(x)} {name}" for name, x in prompts.prompts.items())
     finding = Finding("prompts", True, f"{counts}; the safety prompts are in no other file")
     messages = [prompt.messages for prompt in prompts.validation_prompts]
-    if encoder is None:
-        return finding, len(messages)
-    return finding, sum(encoder.encode(m, None) is not None for m in messages)
+    fit = [m for m in messages if encoder is None or encoder.encode(m, None) is not None]
+    return finding, min(len(fit), LOOK)
 
 
 def built(described: Mapping[str, Any]) -> Any:

@@ -156,7 +156,7 @@ def main(arguments: Sequence[str]) -> None:
         "--validation",
         type=int,
         default=400,
-        help="the more, the nearer training may go to a limit",
+        help="to look at policies; a last look is the surer the more",
     )
     parser.add_argument("--evaluation", type=int, default=400)
     parser.add_argument("--train", type=int, help="at most so many; default: all that are left")

@@ -18,6 +18,9 @@ from hcrlhf.methods import Bound, Range, resamples
 from hcrlhf.samples import Floats, check_delta, finite_sample
 
 STD_FLOOR = 0.1  # nothing is divided by a standard deviation of the cost below this
+# Validation prompts that a look at a policy asks. What training aims at is likely to pass by one; a
+# last look at more of them accepts a little more, and a multiplier swings about what it aims at.
+LOOK = 400
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.learner import Learner, Targets
 from hcrlhf.multiplier import Multiplier, ProjectedMultiplier
-from hcrlhf.pessimism import check_validation_prompts
+from hcrlhf.pessimism import LOOK, check_validation_prompts
 from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.refusals import is_refusal
@@ -217,7 +217,7 @@ class Policy(ScoredPolicy):
         return data
 
     def _count_validation_prompts(self, data: HoldsSafetyPrompts) -> int:
-        """m, on which `callbacks.BestCandidate` looks at a policy.
+        """m, on which `callbacks.BestCandidate` looks at a policy, LOOK at most.
 
         Prompts that are too long for the policy are not looked at, and not counted.
 
@@ -226,7 +226,7 @@ class Policy(ScoredPolicy):
         """
         count = sum(self.encode(prompt) is not None for prompt in data.validation_prompts)
         check_validation_prompts(count)
-        return count
+        return min(count, LOOK)
 
     def _check_minibatches(self) -> None:
         """
