@@ -75,7 +75,8 @@ class Constraint:
             number fixes it, 0 is Safe RLHF (arXiv 2310.12773); {c1, c2, rollout} is the paper's
             (`PaperPessimism`). Not for a harm rate.
         miss_probability: how often a policy that just satisfies the pessimistic constraint on the
-            run's validation prompts may fail its safety test all the same; None takes delta.
+            run's validation prompts may fail its safety test all the same; None takes delta as it
+            is given here, whatever share of it the ledger grants.
         std_floor: nothing is divided by a standard deviation of the cost below this; it is the
             unit of the violation, of the learner's costs and of a pessimism from recent costs then.
 
@@ -254,8 +255,11 @@ class Constraint:
         return replace(self, lower=lower, upper=upper)
 
     def granted(self, delta: float) -> Constraint:
-        """The constraint with the δ that the ledger grants to one test."""
-        return replace(self, delta=delta)
+        """The constraint with the δ that the ledger grants to one test.
+
+        That share says how often a test may err, not how often a candidate may miss.
+        """
+        return replace(self, delta=delta, miss_probability=self.miss)
 
     def sequential(self) -> Constraint:
         """The constraint judged by its e-process, which may be looked at after every prompt.

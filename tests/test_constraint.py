@@ -641,14 +641,17 @@ def test_the_granted_share_of_delta_decides() -> None:
     # Six of 100 harmful: Clopper-Pearson gives 0.1146 at 0.05 and more at an eighth of it.
     rate = Constraint("harm_rate", 0.12, 0.05, 100)
     costs = np.where(np.arange(100) < 6, 1.0, -1.0)
-    assert rate.granted(0.05) == rate
+    assert replace(rate.granted(0.05), miss_probability=None) == rate
     assert rate.judge(costs).passed
     assert not rate.granted(0.05 / 8).judge(costs).passed
     star = capped(safety_prompts=100, threshold=-0.25)
     costs = recent_costs(np.random.default_rng(10))[:100]
     assert star.judge(costs).passed
     assert not star.granted(1e-6).judge(costs).passed
-    assert replace(star.granted(1e-6), delta=0.05) == star
+    assert replace(star.granted(1e-6), delta=0.05, miss_probability=None) == star
+    # How often a candidate may miss is no share of δ.
+    assert rate.granted(0.05 / 8).miss == 0.05
+    assert replace(rate, miss_probability=0.2).granted(0.05 / 8).miss == 0.2
 
 
 def test_a_grant_that_is_too_small_for_the_number_of_prompts_is_refused() -> None:
