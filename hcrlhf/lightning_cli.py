@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -110,7 +111,8 @@ class Parser(LightningArgumentParser):
 class SaveConfig(SaveConfigCallback):
     """Writes config.yaml when training begins: a config that is refused leaves nothing behind.
 
-    The settings lie in every checkpoint too, so that a resumed run is compared with them.
+    The settings lie in every checkpoint too, so that a resumed run is compared with them. From then
+    on the folder is this process's: a second one would mix its files with the first one's.
 
     Args:
         run: what `resume.describe` says of this run.
@@ -119,6 +121,7 @@ class SaveConfig(SaveConfigCallback):
     def __init__(self, *args: Any, run: dict[str, Any], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.run = run
+        self._lock: FileLock | None = None
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -126,12 +129,48 @@ class SaveConfig(SaveConfigCallback):
         checkpoint[resume.KEY] = self.run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        pass
+        # Where there is no folder yet nobody trains, and what is refused leaves none.
+        if stage == "fit" and trainer.is_global_zero and Path(trainer.default_root_dir).is_dir():
+            self._take(Path(trainer.default_root_dir))
+
+    def _take(self, folder: Path) -> None:
+        """
+        Raises:
+            InputError: another process trains there.
+        """
+        lock = FileLock(folder / ".fit.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"another process is training in {folder}; wait for it, or choose another "
+                "trainer.default_root_dir"
+            ) from None
+        except (OSError, NotImplementedError):  # a file system without locks
+            return
+        self._lock = lock
+
+    def _give(self) -> None:
+        if self._lock is not None:
+            # While it is held: a lock file that is removed later may be another process's.
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._give()
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        self._give()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
+            if self._lock is None:
+                self._take(folder)
             config = self.config.clone()
             config.ckpt_path = None  # where a run went on from is not part of what it is
             text = self.parser.dump(config, skip_none=False)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from filelock import FileLock
 
 from hcrlhf.bounds import betting_upper
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
@@ -1103,6 +1104,20 @@ def test_a_finished_stage_is_measured_as_it_was_saved(
         )
     assert run_stage("validate", demo, "cost", tmp_path / "nothing") == 2
     assert "holds no finished cost stage" in capsys.readouterr().err
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(
+    demo: Path, tmp_path: Path, capsys: Any
+) -> None:
+    root = tmp_path / "sft"
+    root.mkdir()
+    quick = ["--trainer.limit_train_batches", "1"]
+    with FileLock(root / ".fit.lock"):
+        assert fit_stage(demo, "sft", root, *quick) == 2
+        assert f"another process is training in {root}" in capsys.readouterr().err
+        assert {path.name for path in root.iterdir()} <= {".fit.lock"}
+    assert fit_stage(demo, "sft", root, *quick) == PASSED
+    assert not (root / ".fit.lock").exists()
 
 
 def test_micro_batches_change_nothing_but_rounding(demo: Path, tmp_path: Path) -> None:
