@@ -56,6 +56,17 @@ def bare(model_folder: Path) -> Backbone:
     return load(model_folder).eval()
 
 
+@pytest.fixture
+def chunked(monkeypatch: pytest.MonkeyPatch) -> Callable[[Backbone, int], None]:
+    """Lets so many tokens through the output layer at a time."""
+
+    def choose(backbone: Backbone, tokens: int) -> None:
+        logits = tokens * backbone.output_layer.weight.shape[0]
+        monkeypatch.setattr("hcrlhf.backbone.LOGITS", logits)
+
+    return choose
+
+
 def with_roles(folder: Path, stir: Stir) -> Backbone:
     backbone = load(folder)
     for seed, (name, trainable) in enumerate(
@@ -139,10 +150,11 @@ def hidden_of(backbone: Backbone, role: str, tokens: Tokens) -> Tensor:
 @pytest.mark.parametrize("chunk", [4096, 4])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_are_those_of_the_plain_model(
-    bare: Backbone, lm: Any, pad_id: int, chunk: int, temperature: float
+    bare: Backbone, lm: Any, pad_id: int, chunk: int, temperature: float, chunked: Any
 ) -> None:
     tokens = batch(pad_id)
-    found = bare.log_probs(bare.hidden(tokens), tokens, temperature, chunk)
+    chunked(bare, chunk)
+    found = bare.log_probs(bare.hidden(tokens), tokens, temperature)
     assert found.shape == tokens.response_ids.shape
     assert found.dtype == torch.float32
     for row, sequence in zip(found, SEQUENCES, strict=True):
@@ -201,9 +213,9 @@ def test_without_dropout_the_ratio_of_the_first_step_is_one(kind: str, tmp_path:
 
 @pytest.mark.parametrize("chunk", [4096, 4, 1])
 def test_gradients_are_those_of_the_plain_model_with_and_without_chunks(
-    bare: Backbone, lm: Any, chunk: int, monkeypatch: pytest.MonkeyPatch
+    bare: Backbone, lm: Any, chunk: int, chunked: Any
 ) -> None:
-    monkeypatch.setattr("hcrlhf.backbone.LOGITS", chunk * bare.output_layer.weight.shape[0])
+    chunked(bare, chunk)
     bare.requires_grad_(True)
     tokens = batch()
     bare.log_probs(bare.hidden(tokens), tokens).sum().backward()
@@ -217,16 +229,17 @@ def test_gradients_are_those_of_the_plain_model_with_and_without_chunks(
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [4096, 4])
 def test_a_frozen_output_layer_passes_the_gradient_that_a_trained_one_would(
-    bare: Backbone, chunk: int, temperature: float
+    bare: Backbone, chunk: int, temperature: float, chunked: Any
 ) -> None:
     tokens = batch()
+    chunked(bare, chunk)
     hidden = bare.hidden(tokens).detach()
     weights = torch.linspace(-1, 2, tokens.response_ids.numel()).view(tokens.response_ids.shape)
     gradients = []
     for trained in (False, True):
         bare.output_layer.requires_grad_(trained)
         states = hidden.clone().requires_grad_()
-        (bare.log_probs(states, tokens, temperature, chunk) * weights).sum().backward()
+        (bare.log_probs(states, tokens, temperature) * weights).sum().backward()
         gradients.append(states.grad)
     bare.output_layer.requires_grad_(False)
     assert gradients[0] is not None

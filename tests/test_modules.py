@@ -91,7 +91,7 @@ def test_the_preference_losses_by_hand(
     assert batch.harmful.tolist() == [1, 1, 0, 1]
     scores = torch.tensor([2.0, 0.5, -1.0, 1.5])  # higher, higher, lower, lower
     monkeypatch.setattr(Preference, "forward", lambda self, tokens: scores)
-    loss = float(module.training_step(batch, 0))
+    loss = float(module._loss(batch))
 
     def nll(x: float) -> float:
         return float(torch.nn.functional.softplus(torch.tensor(-x)))
