@@ -63,7 +63,11 @@ from hcrlhf.safety import CostSamples
 seeded = settings(deadline=None, derandomize=True, max_examples=50)
 
 N = 40
-ONE_EACH = {"responses_per_prompt": 1}
+ONE_EACH = {
+    "responses_per_prompt": {"min": 1, "max": 1},
+    "aggregate": None,
+    "prompt_column": "prompt_id",
+}
 MEAN = Constraint("mean", 0.0, delta=0.05, safety_prompts=N, bound=StudentT())
 RATE = Constraint("harm_rate", 0.3, delta=0.1, safety_prompts=N)
 STAR = Constraint("mean", 0.5, delta=0.025, safety_prompts=N, lower=-4.0, upper=4.0)
@@ -115,7 +119,10 @@ def certificate(
 
 def retrospective(**changes: Any) -> dict[str, Any]:
     return certificate(
-        plan=None, ledger=None, source={"file": "costs.csv", "file_sha256": "f" * 64}, **changes
+        plan=None,
+        ledger=None,
+        source={"file": "costs.csv", "file_sha256": "f" * 64, **ONE_EACH},
+        **changes,
     )
 
 
