@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any, cast
 
 import numpy as np
@@ -31,13 +32,12 @@ class BestCandidate(Callback):
     Every look answers the same validation prompts, with the same random numbers, and ranks the
     policy by its mean reward if its safety test is forecast to be passed
     (`Constraint.pass_probability`) with probability 1 - FORGIVEN · miss_probability, but with an
-    even chance at least. The best of
-    many looks owes something to luck, so the KEPT best are looked at once more in the end, in
-    their order, with other random numbers and on all validation prompts: the first policy that is
-    likely to pass with probability 1 - miss_probability then is the candidate. Training aims at
-    what a look at LOOK prompts would accept; with more of them the last one accepts a little more,
-    so that a policy may stand where a swing has left it. With several constraints each is given its
-    share of the miss, as in training.
+    even chance at least. The best of many looks owes something to luck, so the KEPT best are looked
+    at once more in the end, in their order, with other random numbers and on all validation
+    prompts: the first policy that is likely to pass with probability 1 - miss_probability then is
+    the candidate. Training aims at what a last look at LOOK prompts would accept; with more of them
+    it accepts a little more, so that a policy may stand where a swing has left it. With several
+    constraints each is given its share of the miss, as in training.
 
     Where none is likely enough, the candidate is the one that comes nearest, and the candidate
     check of `callbacks.SafetyTest` has its say; the last policy stays only where no look gave any
@@ -103,14 +103,12 @@ class BestCandidate(Callback):
     ) -> None:
         data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         update = cast(SafetyTestable, pl_module).updates
-        if update % self.every_n_updates == 0 and update >= self.start * data.updates:
-            self._look(trainer, pl_module)
+        due = update % self.every_n_updates == 0 and update >= self.start * data.updates
+        if due and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._look(data, pl_module)
 
-    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            return
+    def _look(self, data: HoldsSafetyPrompts, pl_module: LightningModule) -> None:
         module, update = cast(OffersCandidates, pl_module), cast(SafetyTestable, pl_module).updates
-        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         self._looked_at = update
         rewards, costs = self._answered(data, pl_module, "predict", self.prompts)
         chances, likely = self._chances(module, costs, forgiven=FORGIVEN)
@@ -149,7 +147,7 @@ class BestCandidate(Callback):
         """Rewards and costs (m,) of one response to each of the first `most` validation prompts."""
         encoder, module = cast(EncodesExamples, pl_module), cast(OffersCandidates, pl_module)
         found = (encoder.encode(prompt) for prompt in data.validation_prompts)
-        encoded = [e for e in found if e is not None][:most]
+        encoded = [*islice((e for e in found if e is not None), most)]
         records: list[dict[str, Any]] = []
         for begin in range(0, len(encoded), self.batch_size):
             batch = encoder.collate(encoded[begin : begin + self.batch_size])
@@ -159,15 +157,15 @@ class BestCandidate(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # One epoch is the whole run. Before the last checkpoint is written and the test begins.
-        if self._looked_at != cast(SafetyTestable, pl_module).updates:
-            self._look(trainer, pl_module)
-        if not self._looked_at:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
+        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
+        if self._looked_at != cast(SafetyTestable, pl_module).updates:
+            self._look(data, pl_module)
         if not self._best:
             rank_zero_info("no policy of this run has a chance to pass; the last one stays")
             return
         module = cast(OffersCandidates, pl_module)
-        data = cast(HoldsSafetyPrompts, cast(Any, trainer).datamodule)
         self._last = module.policy_state()
         again: list[tuple[float, dict[str, Any]]] = []
         for look in self._best:

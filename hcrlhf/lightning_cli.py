@@ -37,7 +37,7 @@ from lightning.pytorch.utilities.rank_zero import (
 # What YAML may name without a second thought: importing registers the classes.
 from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTest
 from datamodules import Demonstrations, Preferences, Prompts
-from hcrlhf import doctor, resume
+from hcrlhf import doctor, processes, resume
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.certificate import PLAN_FILE, VERDICT_FILE, read_verdict, verdict_record
 from hcrlhf.cli import (
@@ -129,26 +129,30 @@ class SaveConfig(SaveConfigCallback):
         checkpoint[resume.KEY] = self.run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Where there is no folder yet nobody trains, and what is refused leaves none.
-        if stage == "fit" and trainer.is_global_zero and Path(trainer.default_root_dir).is_dir():
-            self._take(Path(trainer.default_root_dir))
+        if stage == "fit":
+            self._take(trainer)
 
-    def _take(self, folder: Path) -> None:
-        """
+    def _take(self, trainer: Trainer) -> None:
+        """Locks the folder. Where there is none yet nobody trains, and what is refused leaves none.
+
         Raises:
-            InputError: another process trains there.
+            InputError: another run trains there; in all processes of this one.
         """
-        lock = FileLock(folder / ".fit.lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
+        folder, free = Path(trainer.default_root_dir), True
+        if trainer.is_global_zero and self._lock is None and folder.is_dir():
+            lock = FileLock(folder / ".fit.lock")
+            try:
+                lock.acquire(timeout=0)
+                self._lock = lock
+            except Timeout:
+                free = False
+            except (OSError, NotImplementedError):  # a file system without locks
+                pass
+        if not processes.from_first(free):
             raise InputError(
                 f"another process is training in {folder}; wait for it, or choose another "
                 "trainer.default_root_dir"
-            ) from None
-        except (OSError, NotImplementedError):  # a file system without locks
-            return
-        self._lock = lock
+            )
 
     def _give(self) -> None:
         if self._lock is not None:
@@ -166,11 +170,11 @@ class SaveConfig(SaveConfigCallback):
         self._give()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            if self._lock is None:
-                self._take(folder)
+        self._take(trainer)
+        if trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path = None  # where a run went on from is not part of what it is
             text = self.parser.dump(config, skip_none=False)

@@ -1,4 +1,4 @@
-"""What tests/test_resume.py names by class_path: a kill from within, and a learner that draws."""
+"""What tests name by class_path: a kill from within, too little memory, a learner that draws."""
 
 import os
 import random
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from hcrlhf.backbone import Backbone
 from hcrlhf.ppo import PPO
 
 
@@ -37,6 +38,34 @@ class Kill(Callback):
             return os.kill(os.getpid(), signal.SIGKILL)
 
         setattr(holder, self.method, counted)
+
+
+class Short(Callback):
+    """One process runs out of memory in each backward pass through more rows than it has room for.
+
+    Args:
+        rank: of that process.
+    """
+
+    def __init__(self, rank: int, rows: int) -> None:
+        self.rank, self.rows = rank, rows
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.global_rank != self.rank:
+            return
+        backbone: Any = Backbone
+        honest = backbone.hidden
+
+        def fail(_: torch.Tensor) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+        def limited(own: Backbone, tokens: Any) -> torch.Tensor:
+            states: torch.Tensor = honest(own, tokens)
+            if torch.is_grad_enabled() and len(states) > self.rows:
+                states.register_hook(fail)
+            return states
+
+        backbone.hidden = limited
 
 
 @dataclass(frozen=True)
