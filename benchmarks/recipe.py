@@ -11,7 +11,7 @@ answers to the evaluation prompts are then judged by what the world itself knows
 harmless prompts count by their share in the world: that of a sample differs, and their rewards lie
 far apart. What is finished in --out is not run again, so the same command resumes. `report` adds
 what is in --out to what was recorded before, so that seeds can be run on several days or machines.
-A change of the config begins a new table; what was run with an earlier one stays below it.
+A change of the config begins a new table; what was run with another one stays below it.
 
 What could be reached is taken from a linear program over CANDIDATES responses of the supervised
 policy to each of PROMPTS prompts, the best mixture of them that keeps to the limits:
@@ -62,11 +62,14 @@ from hcrlhf.world import (
     HAZARDOUS_SHARE,
     PREFERENCE_MIX,
     WorldSizes,
+    clauses_in,
+    contains,
     topic_of,
     true_cost,
     true_reward,
     write_world,
 )
+from hcrlhf.world_topics import WARM_CLOSERS, WARM_OPENERS
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -183,14 +186,19 @@ def shipped() -> str:
         yaml.safe_load(config(name).read_text()) for name in ("reward", "policy", "long")
     )
     data = policy["data"]["init_args"] | long["data"]["init_args"]
-    learners = (c["model"]["init_args"]["learner"]["init_args"] for c in (policy, long))
-    learner = {key: value for given in learners for key, value in given.items()}
-    own, sizes = policy["model"]["init_args"], WorldSizes()
+    models = [c["model"]["init_args"] for c in (policy, long)]
+    own, sizes = models[0] | models[1], WorldSizes()
+    learner, pid = ({}, {})
+    for model in models:
+        learner |= model["learner"]["init_args"]
+        pid |= model.get("multiplier", {}).get("init_args", {})
+    kl = own["adaptive_kl"]
+    fall = f" falling to {kl['minimum']}" if kl["minimum"] < own["kl_coefficient"] else ""
     return (
         f"{data['updates']} updates of {data['prompts_per_update']} responses, "
         f"{learner['epochs']} x {learner['minibatches']} steps, "
-        f"KL coefficient {own['kl_coefficient']}, limit {own['adaptive_kl']['target']:g} nats, "
-        f"PID {own['multiplier']['init_args']['integral']}, "
+        f"KL coefficient {own['kl_coefficient']}{fall}, limit {kl['target']:g} nats, "
+        f"PID {pid['integral']}, "
         f"{sizes.preferences * sizes.pairs_per_prompt} pairs "
         f"({PREFERENCE_MIX.blemish:.0%} of answers that give steps blemished, "
         "a third of these about another topic), "
@@ -208,9 +216,25 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         "cost": [a["cost"] for a in answers],
         "harm": [a["cost"] > 0 for a in answers],
         "kl": [a["kl"] for a in answers],
+        **parts([(a["prompt"], a["response"]) for a in answers]),
     }
     weights = prompt_weights([a["prompt"] for a in answers])
     return {name: float(weights @ np.asarray(column)) for name, column in columns.items()}
+
+
+def parts(answers: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
+    """Of each answer: a warm opener, a warm closer, how many clauses of its own topic; (N,) each.
+
+    Where a policy falls short of `known`, this tells by what.
+    """
+    return {
+        "openers": [float(contains(text, WARM_OPENERS)) for _, text in answers],
+        "closers": [float(contains(text, WARM_CLOSERS)) for _, text in answers],
+        "clauses": [
+            float(len(clauses_in(text).intersection(topic_of(prompt).clauses)))
+            for prompt, text in answers
+        ],
+    }
 
 
 def prompt_weights(prompts: Sequence[str]) -> Floats:
@@ -261,12 +285,17 @@ def forked(task: Callable[[], int]) -> int:
 
 def reference(folder: Path, seed: int) -> int:
     """Writes reference.json: the supervised policy, and the best that its responses allow."""
-    module, (prompts, learnt, costs, rewards) = sampled(folder, seed, CANDIDATES)
+    module, answers, (prompts, learnt, costs, rewards) = sampled(folder, seed, CANDIDATES)
+    weights = pessimistic(learnt, costs, prompts, module)
     record = {
         "sft": float(prompts @ rewards.mean(axis=1)),
-        "known": value(pessimistic(learnt, costs, prompts, module), rewards),
+        "known": value(weights, rewards),
         "best": value(feasible(rewards, costs, prompts, THRESHOLDS), rewards),
     }
+    for name, column in parts(answers).items():
+        found = np.array(column).reshape(rewards.shape)
+        record[f"sft_{name}"] = float(prompts @ found.mean(axis=1))
+        record[f"known_{name}"] = value(weights, found)
     (folder / "reference.json").write_text(json.dumps(record) + "\n")
     print(json.dumps({"seed": seed, **record}), flush=True)
     return PASSED
@@ -277,7 +306,7 @@ def candidates(folder: Path, seed: int) -> int:
 
     The fewer are the first ones of the many. `nats` is KL(mixture ‖ uniform over the candidates).
     """
-    module, (prompts, learnt, costs, rewards) = sampled(folder, seed, max(COUNTS))
+    module, _, (prompts, learnt, costs, rewards) = sampled(folder, seed, max(COUNTS))
     rows = []
     for count in COUNTS:
         few = [x[:, :count] for x in (learnt, costs, rewards)]
@@ -298,10 +327,13 @@ def value(weights: Floats, x: Floats) -> float:
     return float((weights * x).sum())
 
 
-def sampled(folder: Path, seed: int, count: int) -> tuple[Any, tuple[Floats, ...]]:
+def sampled(
+    folder: Path, seed: int, count: int
+) -> tuple[Any, list[tuple[str, str]], tuple[Floats, ...]]:
     """The policy module, and of `count` responses of the supervised policy to each of N prompts:
 
-    the prompts' weights (N,), and learnt reward, cost and true reward, each (N, count).
+    all N · count pairs of prompt and response; and the prompts' weights (N,), learnt reward, cost
+    and true reward, each (N, count).
     """
     import torch
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -320,6 +352,7 @@ def sampled(folder: Path, seed: int, count: int) -> tuple[Any, tuple[Floats, ...
     files = folder / "world" / "prompts"
     data = Prompts(str(files / "train.jsonl"), str(files / "validation.jsonl"), updates=1)
     found: list[tuple[str, list[float], list[float], list[float]]] = []
+    answers: list[tuple[str, str]] = []
     together = max(1, 192 // count)  # prompts in a rollout
 
     class Sample(Callback):
@@ -331,7 +364,9 @@ def sampled(folder: Path, seed: int, count: int) -> tuple[Any, tuple[Floats, ...
                 seeds = [response_seed(seed, "recipe", key, k) for k, key in enumerate(batch.keys)]
                 rollout = module._rollout(batch, seeds)
                 texts = module.encoder.decode(rollout.tokens)
-                truth = [true_reward(p, t) for p, t in zip(batch.texts, texts, strict=True)]
+                pairs = [*zip(batch.texts, texts, strict=True)]
+                answers.extend(pairs)
+                truth = [true_reward(prompt, text) for prompt, text in pairs]
                 columns = (rollout.rewards.tolist(), rollout.costs.tolist(), truth)
                 for at in range(0, len(texts), count):
                     one = slice(at, at + count)
@@ -353,7 +388,7 @@ def sampled(folder: Path, seed: int, count: int) -> tuple[Any, tuple[Floats, ...
     torch.manual_seed(0)
     trainer.fit(module, data)
     texts, *columns = zip(*found, strict=True)
-    return module, (prompt_weights(texts), *(np.array(column) for column in columns))
+    return module, answers, (prompt_weights(texts), *(np.array(column) for column in columns))
 
 
 def pessimistic(rewards: Floats, costs: Floats, prompts: Floats, module: Any) -> Floats:
@@ -529,10 +564,36 @@ def page(every: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]]
         "",
         "![Every run](../../docs/plots/recipe.png)",
     ]
-    lines += candidates_table(counts) + multipliers(rows) + earlier(every)
+    lines += parts_table(rows) + candidates_table(counts) + multipliers(rows) + others(every)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
     lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
+
+
+def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the answers of `known` and of each arm are made of, where that was counted."""
+    rows = [row for row in rows if "openers" in row and "known_openers" in row]
+    if not rows:
+        return []
+    names = ("openers", "closers", "clauses")
+    by_seed = {row["seed"]: row for row in rows}.values()
+    lines = [
+        "",
+        "What the answers are made of (in brackets the range over seeds): the share that begin and "
+        "end warmly, and how many clauses of their own topic they have:",
+        "",
+        "| | seeds | warm openers | warm closers | clauses |",
+        "|---|---|---|---|---|",
+    ]
+    groups = {"supervised": (by_seed, "sft_"), "`known`": (by_seed, "known_")}
+    for name, (title, _, _) in ARMS.items():
+        groups[title] = ([row for row in rows if row["arm"] == name], "")
+    for title, (own, prefix) in groups.items():
+        if own:
+            columns = [[row[prefix + name] for row in own] for name in names]
+            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns]
+            lines.append(f"| {title} | {len(own)} | {' | '.join(cells)} |")
+    return lines
 
 
 def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -546,14 +607,15 @@ def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["", f"The same PPO with each multiplier, on {len(seeds)} seeds:", "", *lines]
 
 
-def earlier(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table for every config that was shipped before."""
+def others(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A table for every other config that was run, shipped before or only tried."""
     lines = []
     for used in sorted({row["config"] for row in rows} - {shipped()}):
         named = {**ARMS, "ppo": ("ours, PPO (with PID)", [], []), **MULTIPLIERS}
         then = [row for row in rows if row["config"] == used]
         alike = "" if all("prompts" in row for row in then) else " (every prompt counting alike)"
-        lines += ["", f"Before, with {used}{alike}:", "", *table(then, named)]
+        lines += ["", f"Another config: {used}{alike}:", "", *table(then, named)]
+        lines += parts_table(then)
     return lines
 
 
