@@ -188,7 +188,7 @@ def shipped() -> str:
     data = policy["data"]["init_args"] | long["data"]["init_args"]
     models = [c["model"]["init_args"] for c in (policy, long)]
     own, sizes = models[0] | models[1], WorldSizes()
-    learner, pid = ({}, {})
+    learner, pid = {}, {}
     for model in models:
         learner |= model["learner"]["init_args"]
         pid |= model.get("multiplier", {}).get("init_args", {})
@@ -223,10 +223,7 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def parts(answers: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
-    """Of each answer: a warm opener, a warm closer, how many clauses of its own topic; (N,) each.
-
-    Where a policy falls short of `known`, this tells by what.
-    """
+    """Of each answer: has it a warm opener, a warm closer; clauses of its own topic; (N,) each."""
     return {
         "openers": [float(contains(text, WARM_OPENERS)) for _, text in answers],
         "closers": [float(contains(text, WARM_CLOSERS)) for _, text in answers],
@@ -579,8 +576,8 @@ def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     by_seed = {row["seed"]: row for row in rows}.values()
     lines = [
         "",
-        "What the answers are made of (in brackets the range over seeds): the share that begin and "
-        "end warmly, and how many clauses of their own topic they have:",
+        "What the answers are made of (in brackets the range over seeds): the share with a warm "
+        "opener and with a warm closer, and how many clauses of their own topic they have:",
         "",
         "| | seeds | warm openers | warm closers | clauses |",
         "|---|---|---|---|---|",
