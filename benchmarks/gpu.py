@@ -232,6 +232,11 @@ def tokens(rows: int, response: int, vocabulary: int, shortest: int = PROMPT) ->
     )
 
 
+def passes(sizes: Sizes) -> int:
+    """Backward passes of an update that is measured; two stand for many that add up."""
+    return 2 if sizes.passes_add_up else 1
+
+
 class Bench:
     """One model on a device, and the passes of an update with the roles that a stage needs.
 
@@ -304,7 +309,7 @@ class Bench:
         def update(length: int) -> None:
             own.train()
             own.restore_trainable()
-            for role in ["policy", *critics] * sizes.passes:
+            for role in ["policy", *critics] * passes(sizes):
                 with own.role(role):
                     if sizes.stage == "policy":
                         result = loss(role)
@@ -334,7 +339,7 @@ class Bench:
                 release(self.device)  # what a phase reserves is its own
                 meter.run(name, partial(run, length))
         seconds, rows = meter.seconds, sizes.rows
-        seconds["update"] /= sizes.passes
+        seconds["update"] /= passes(sizes)
         read = {"score": 1 + sizes.frozen + sizes.critics, "update": 1 + sizes.critics}
         speed = {n: rows * sizes.width * k / seconds[n] for n, k in read.items() if n in work}
         row: dict[str, Any] = {

@@ -35,9 +35,10 @@ BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, sca
 # Of the optimizer, per trained weight. Paged states may leave the card, but bitsandbytes pages only
 # those of 100,000 weights and more, which no LoRA matrix of rank 8 has in a model of 3B.
 STATE_BYTES = {"adamw": 8.0, "adamw_8bit": 2.03, "paged_adamw_8bit": 2.03}
-FEW, MANY = 3, 6  # layers from which a deep model is foretold
+FEW, MANY = 2, 4  # layers from which a deep model is foretold; a single one is no measure
 STEPS = ("first token", "last token")  # of a rollout
 Device = Literal["cuda", "cpu"]
+_Kind = tuple[int, int, int, torch.dtype]  # of a cache's layer: heads, widths of a key and a value
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,18 +54,22 @@ class LiveBytes(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device  # autograd asks it of every fake tensor, again and again
         result = func(*args, **(kwargs or {}))
-        # What an operation was given is not its making, also where its result is a view of it.
-        leaves = tree_leaves((args, kwargs))
-        given = {x.untyped_storage()._cdata for x in leaves if isinstance(x, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self._see(tensor)
+        made = [x.untyped_storage() for x in tree_leaves(result) if isinstance(x, Tensor)]
+        made = [storage for storage in made if storage not in self._seen]
+        if made:
+            # What an operation was given is not its making, also where its result is a view of it.
+            leaves = tree_leaves((args, kwargs))
+            given = {x.untyped_storage()._cdata for x in leaves if isinstance(x, Tensor)}
+            for storage in made:
+                if storage._cdata not in given:
+                    self._see(storage)
         return result
 
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage in self._seen:
+    def _see(self, storage: Any) -> None:
+        if storage in self._seen:  # of two results
             return
         self._seen.add(storage)
         size = storage.nbytes()
@@ -132,9 +137,9 @@ class Sizes:
         return self.prompt + self.response
 
     @property
-    def passes(self) -> int:
-        """Backward passes whose gradients add up; two stand for many."""
-        return 2 if self.stage == "policy" or self.accumulated else 1
+    def passes_add_up(self) -> bool:
+        """Whether a backward pass is made beside the gradients of others."""
+        return self.stage == "policy" or self.accumulated
 
 
 @dataclass(frozen=True)
@@ -448,45 +453,40 @@ def _autocast(sizes: Sizes) -> Any:
 
 def _rollout(name: str, model: _Model, working: dict[str, int], live: LiveBytes) -> int:
     """Both steps of a rollout; bytes of the full cache."""
-    for step, run in zip(STEPS, (_first_token, _last_token), strict=True):
-        with _phase(f"{name}, {step}", working, live):
-            cache = run(model)
-    return cache
+    first, last = (f"{name}, {step}" for step in STEPS)
+    with _phase(first, working, live):
+        kinds = _first_token(model)
+    with _phase(last, working, live):
+        return _last_token(model, kinds)
 
 
-def _first_token(model: _Model) -> int:
-    """All prompts at once, into an empty cache, whose bytes then are returned."""
+def _first_token(model: _Model) -> list[_Kind]:
+    """All prompts at once, into an empty cache; what each of its layers is made of."""
     from transformers import DynamicCache
 
     sizes = model.sizes
     with model.reading(rollout=True):
         cache = DynamicCache(config=model.model.config)
         _next_token(model, cache, sizes.rollout_rows, sizes.prompt, sizes.prompt)
-        return _cached(cache)
+        pairs: list[Any] = [(x.keys, x.values) for x in cast(Any, cache.layers)]
+        return [(k.shape[1], k.shape[-1], v.shape[-1], k.dtype) for k, v in pairs]
 
 
-def _last_token(model: _Model) -> int:
+def _last_token(model: _Model, kinds: Sequence[_Kind]) -> int:
     """One token of each response, when the cache is full; its bytes."""
     from transformers import DynamicCache
 
-    sizes, config = model.sizes, model.model.config
+    sizes = model.sizes
     rows, before = sizes.rollout_rows, sizes.width - 2
     with model.reading(rollout=True):
-        cache = DynamicCache(config=config)
-        _next_token(model, cache, 1, 1, 1)  # tells the shapes
-        states: list[Any] = [(x.keys, x.values) for x in cast(Any, cache.layers)]
-        shapes = [(k.shape[1], k.shape[-1], k.dtype, v.shape[-1]) for k, v in states]
-        del states
-        cache = DynamicCache(config=config)
-        for i, (heads, width, dtype, value_width) in enumerate(shapes):
+        cache = DynamicCache(config=model.model.config)
+        for i, (heads, width, value_width, dtype) in enumerate(kinds):
             keys = torch.empty((rows, heads, before, width), dtype=dtype)
             cache.update(keys, torch.empty((rows, heads, before, value_width), dtype=dtype), i)
+        del keys
         _next_token(model, cache, rows, 1, before + 1)
-        return _cached(cache)
-
-
-def _cached(cache: Any) -> int:
-    return sum(x.numel() * x.element_size() for y in cache.layers for x in (y.keys, y.values))
+        layers = cast(Any, cache.layers)
+        return sum(x.numel() * x.element_size() for y in layers for x in (y.keys, y.values))
 
 
 def _next_token(model: _Model, cache: Any, rows: int, width: int, known: int) -> None:
@@ -509,18 +509,20 @@ def _score(model: _Model) -> None:
 
 
 def _update(model: _Model, trained: Sequence[nn.Parameter]) -> None:
-    """Backward passes one after the other, each trained role's own: gradients of the last stay."""
+    """A batch's backward passes, one after the other, each trained role's own."""
     sizes = model.sizes
     model.model.train()
-    for _ in range(sizes.passes):
-        for role in range(1 + sizes.critics):
-            model.use(role)
-            if sizes.stage == "policy":
-                loss = _batch_loss(model, role)
-            else:
-                loss = known_gradient(partial(_batch_loss, model, role), trained)
-            loss.backward()
-            del loss
+    if sizes.passes_add_up:
+        for p in trained:
+            p.grad = torch.empty_like(p)  # of the batches before
+    for role in range(1 + sizes.critics):
+        model.use(role)
+        if sizes.stage == "policy":
+            loss = _batch_loss(model, role)
+        else:
+            loss = known_gradient(partial(_batch_loss, model, role), trained)
+        loss.backward()
+        del loss
     for p in trained:
         p.grad = None
 
