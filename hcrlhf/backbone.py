@@ -549,12 +549,12 @@ class Backbone(nn.Module):
         state = {key: value.cpu().contiguous() for key, value in self.adapter_state(name).items()}
         return safetensors.torch.save(state, metadata={"format": "pt"})
 
-    def save_role(self, name: str, folder: Path, model: str) -> None:
+    def save_role(self, name: str, folder: Path, model: str, revision: str | None = None) -> None:
         """Writes the adapter in PEFT's own format; `model` is what it says it belongs to."""
         from peft import LoraConfig
 
         config = LoraConfig(**self.model.peft_config[name].to_dict())
-        config.base_model_name_or_path = model
+        config.base_model_name_or_path, config.revision = model, revision
         config.inference_mode = True
         # A set, whose order changes from process to process: the same policy, the same bytes.
         if config.target_modules is not None and not isinstance(config.target_modules, str):

@@ -50,7 +50,7 @@ from hcrlhf.cli import (
 )
 from hcrlhf.completions import markdown_table
 from hcrlhf.constraint import Constraint
-from hcrlhf.errors import InputError
+from hcrlhf.errors import InputError, is_out_of_memory
 from hcrlhf.hashing import require_writable, write_json, write_text
 from hcrlhf.human import HumanLabels
 from hcrlhf.kl import AdaptiveKL
@@ -438,11 +438,12 @@ def run(arguments: Sequence[str]) -> int:
             raise InputError(
                 f"a config or a file of data is not UTF-8 text ({one_line(error)})"
             ) from None
-        if isinstance(error, torch.OutOfMemoryError):  # where passes could be halved, they were
+        if is_out_of_memory(error):  # where passes could be halved, they were
             raise InputError(
-                f"out of memory ({one_line(error)}); halve data.init_args.batch_size and double "
-                "trainer.accumulate_grad_batches, or set model.init_args.gradient_checkpointing: "
-                "true; hcrlhf doctor says what fits"
+                f"out of memory ({one_line(error)}); set model.init_args.gradient_checkpointing: "
+                "true or optimizer: adamw_8bit, or put less into one pass: halve micro_batch_size "
+                "and rollout_batch_size of a policy; of another stage data.init_args.batch_size, "
+                "and double trainer.accumulate_grad_batches (hcrlhf doctor says what fits)"
             ) from None
         raise
     if getattr(cli.trainer, "interrupted", False):

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hcrlhf import machine, optimizers, processes
 from hcrlhf.backbone import Backbone, LoraOptions, load_causal_lm
-from hcrlhf.errors import InputError
+from hcrlhf.errors import InputError, is_out_of_memory
 from hcrlhf.gradients import known_gradient
 from hcrlhf.resume import rng_state, set_rng_state
 from hcrlhf.stages import FILE as STAGE_FILE
@@ -307,7 +307,9 @@ class AdapterModule(StageModule):
                 return attempt()
             try:
                 return attempt()
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 self._group_at_a_time = True
             self._say_less_memory("the forward pass of a group is repeated in the backward pass")
             return attempt()
@@ -329,7 +331,9 @@ class AdapterModule(StageModule):
         while True:
             try:
                 return attempt()
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 most = self._rows if largest is None else largest
                 before = min(getattr(self, setting) or most, most)
                 if before <= 1:

@@ -529,7 +529,7 @@ class Policy(ScoredPolicy):
                 part = tokens.rows(group)
                 with self.backbone.role(ACTOR):
                     loss = -self._log_probs(self.backbone.hidden(part), part).sum() / count
-                    self.manual_backward(self.ptx_coefficient * loss)
+                    self.add_gradient(self.ptx_coefficient * loss)
                 mean += float(loss.detach())
         return {"ptx_loss": mean}
 
@@ -551,14 +551,14 @@ class Policy(ScoredPolicy):
                     value_loss = self._value_loss(part, aim, [hidden] * len(self.critics)) / count
                     loss = loss + learner.value_coefficient * value_loss
                 if loss.requires_grad:
-                    self.manual_backward(loss)
+                    self.add_gradient(loss)
             if separate:
                 for stream, critic in enumerate(self.critics):
                     with self.backbone.role(critic):
                         hidden = self.backbone.hidden(part.tokens)
                         values = self.backbone.values(critic, hidden, part.tokens)
                         own = learner.value_loss(values, part, aim, stream) / count
-                        self.manual_backward(learner.value_coefficient * own)
+                        self.add_gradient(learner.value_coefficient * own)
                     value_loss = value_loss + own.detach().cpu()
             shift = learner.update_statistics(log_probs.detach(), part)
             statistics["policy_loss"] += float(policy_loss.detach())
@@ -566,6 +566,11 @@ class Policy(ScoredPolicy):
             statistics["update_kl"] += float(shift.kl / count)
             statistics["clip_share"] += float(shift.clipped / count)
         return statistics
+
+    def add_gradient(self, loss: Tensor) -> None:
+        """The loss's backward pass, which is none of autocast's, though a training step is."""
+        with torch.autocast(self.device.type, enabled=False):
+            self.manual_backward(loss)
 
     def _value_loss(self, part: Rollout, aim: Targets, states: list[Tensor]) -> Tensor:
         losses = [

@@ -133,7 +133,7 @@ class Preference(PairModule, AdapterModule):
         measured = self.measured()
         folder = self.run_folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_role(self.role, folder, self.source.model)
+        self.backbone.save_role(self.role, folder, self.source.model, self.source.revision)
         self.backbone.save_head(self.role, folder)
         self.encoder.tokenizer.save_pretrained(str(folder))
         self._compare_with_disk()

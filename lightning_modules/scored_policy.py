@@ -65,6 +65,7 @@ from lightning_modules.adapter_module import AdapterModule, Schedule, add_traine
 
 ACTOR = "policy"
 REFERENCE = "sft"
+GIVEN_DTYPES = (None, "float32", "bfloat16")  # of a whole model; None: its config does not say
 Reader = Callable[[Tensor, Tokens], Tensor]  # hidden states of a role, and whose they are
 
 
@@ -326,6 +327,12 @@ class ScoredPolicy(AdapterModule):
                 f"policy: {folder} holds neither {ADAPTER_FILE} nor config.json; expected the "
                 "folder of a PEFT adapter or of a Hugging Face model"
             )
+        if not (folder / ADAPTER_FILE).is_file() and _kept_dtype(folder) not in GIVEN_DTYPES:
+            raise InputError(
+                f"policy: the model in {folder} is kept in {_kept_dtype(folder)}, and would be "
+                "tested in another precision than it is used in; expected float32 or bfloat16: "
+                'load it with dtype="bfloat16" and save it'
+            )
 
     def _load_given(self, backbone: Backbone, folder: Path) -> bool:
         """Loads the given policy; whether it took the place of the one that would be trained."""
@@ -333,9 +340,7 @@ class ScoredPolicy(AdapterModule):
         if (folder / ADAPTER_FILE).is_file():
             backbone.load_role(ACTOR, folder, trainable=False)
             return True
-        record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kept = record.get("dtype") or record.get("torch_dtype")  # as people will load it
-        dtype = kept if kept in ("float32", "bfloat16") else self.source.dtype
+        dtype = _kept_dtype(folder) or self.source.dtype  # as people will load it
         model = load_causal_lm(BackboneSource(str(folder), dtype=dtype), self.device)
         self._other = Backbone(model.to(self.device))
         return False
@@ -602,7 +607,7 @@ class ScoredPolicy(AdapterModule):
             complete(folder, self.decoding, self.encoder)
             return
         folder.mkdir(parents=True, exist_ok=True)
-        self.backbone.save_role(ACTOR, folder, self.source.model)
+        self.backbone.save_role(ACTOR, folder, self.source.model, self.source.revision)
         complete(folder, self.decoding, self.encoder)
         stage = replace(
             self.stages["sft"],
@@ -655,3 +660,9 @@ class ScoredPolicy(AdapterModule):
         """Keys of every prompt that the policy, or a model it was trained with, has seen."""
         data = cast(HoldsSafetyPrompts, cast(Any, self.trainer).datamodule)
         return self.training_prompt_keys() | self.checkpoint_prompts | data.training_keys
+
+
+def _kept_dtype(folder: Path) -> Any:
+    """In which precision a Hugging Face model lies in a folder, by its config; None: unsaid."""
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return record.get("dtype") or record.get("torch_dtype")

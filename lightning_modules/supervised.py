@@ -131,7 +131,7 @@ class Supervised(AdapterModule):
         folder.mkdir(parents=True, exist_ok=True)
         source = self.source
         if self.lora is not None:
-            self.backbone.save_role("sft", folder, source.model)
+            self.backbone.save_role("sft", folder, source.model, source.revision)
         else:
             self.backbone.save_full(folder)
             source = BackboneSource(str(folder))

@@ -818,13 +818,13 @@ def test_a_saved_role_holds_its_adapter_alone(
     from peft import PeftConfig
 
     roles.add_head("actor", trainable=True)
-    roles.save_role("actor", tmp_path, "../base")
+    roles.save_role("actor", tmp_path, "../base", "0123abc")
     state = safetensors.torch.load_file(tmp_path / "adapter_model.safetensors")
     # Seven linear layers in each of two blocks; A and B for each.
     assert len(state) == 7 * 2 * 2
     assert all("lora_" in name and "actor" not in name for name in state)
     config = PeftConfig.from_pretrained(str(tmp_path))
-    assert config.base_model_name_or_path == "../base"
+    assert (config.base_model_name_or_path, config.revision) == ("../base", "0123abc")
     assert config.inference_mode
     # Saving does not freeze the role that goes on training.
     assert adapter_names_of(roles, "actor") <= trainable_names(roles)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from hcrlhf.errors import is_out_of_memory
 from hcrlhf.gradients import known_gradient
 
 
@@ -55,3 +56,18 @@ def test_a_loss_that_breaks_off_leaves_what_the_weights_have() -> None:
     with pytest.raises(torch.OutOfMemoryError):
         known_gradient(loss, [weight])
     assert torch.equal(weight.grad, torch.ones(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("CUDA error: out of memory"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_a_lack_of_memory_is_known_whoever_says_it(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) == expected

@@ -1297,7 +1297,7 @@ def test_rollouts_that_do_not_fit_are_drawn_in_parts_and_are_the_same(
     def limited(backbone: Any, prompts: Any, *arguments: Any) -> Any:
         tried.append(len(prompts))
         if len(prompts) > 3:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED in cublasCreate(handle)")
         return original(backbone, prompts, *arguments)
 
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
@@ -1506,11 +1506,30 @@ def test_gradient_checkpointing_recomputes_what_is_trained_and_nothing_else(
     assert calls["layer"] == 2 * calls["pass"] > 0 and calls["reading"] > 0
 
 
+@pytest.mark.parametrize("critic", ["shared", "separate"])
 def test_mixed_precision_and_gradient_checkpointing_run_to_a_verdict(
-    demo: Path, tmp_path: Path
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, critic: str
 ) -> None:
+    from hcrlhf.backbone import Backbone
+
     more = ["--trainer.precision", "bf16-mixed", "--model.init_args.gradient_checkpointing", "true"]
+    more += ptx(demo, 0.1) if critic == "shared" else []
+    seen: dict[str, set[bool]] = {"forward": set(), "backward": set()}
+    honest = Backbone.hidden
+
+    def noted(own: Backbone, tokens: Any) -> torch.Tensor:
+        states = honest(own, tokens)
+        if states.requires_grad:
+            seen["forward"].add(torch.is_autocast_enabled("cpu"))
+            states.register_hook(lambda _: seen["backward"].add(torch.is_autocast_enabled("cpu")))
+        return states
+
+    monkeypatch.setattr(Backbone, "hidden", noted)
+    more += ["--model.init_args.learner.init_args.critic", critic]
     assert fit(demo, tmp_path / "run", *ALWAYS, *more) == PASSED
+    # In autocast's backward pass a critic's head, which is float32, would get a gradient of three
+    # digits.
+    assert seen == {"forward": {True}, "backward": {False}}
     # The adapter that is shipped stays float32.
     state = safetensors.torch.load_file(tmp_path / "run" / "policy" / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in state.values()} == {torch.float32}
@@ -1972,6 +1991,13 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
     shutil.copy(given / "tokenizer.json", wrong)
     (wrong / "chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
     says(outcome_of(demo, wrong, root), "has another chat template than the test asks with")
+    half = tmp_path / "half"
+    shutil.copytree(demo / "sft", half, ignore=shutil.ignore_patterns("hcrlhf.json"))
+    shutil.copy(given / "generation_config.json", half)
+    (half / "config.json").write_text(
+        json.dumps({**read(half / "config.json"), "dtype": "float16"})
+    )
+    says(outcome_of(demo, half, root), "is kept in float16, and would be tested in another")
     tail = json.dumps([{"estimand": "cvar", "threshold": 3.5, "alpha": 0.1, "safety_prompts": 30}])
     says(
         outcome_of(demo, given, root, f"--model.init_args.constraints={tail}"),

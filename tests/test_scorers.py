@@ -431,7 +431,7 @@ def test_a_classifier_that_runs_out_of_memory_says_which_keys_to_change(
     root = ["--trainer.default_root_dir", str(tmp_path / "run")]
     assert fit_encoder(runs, encoder_folder, "cost", *root) == 2
     (line,) = [x for x in capsys.readouterr().err.splitlines() if x.startswith("hcrlhf: ")]
-    assert "CUDA out of memory" in line and "halve data.init_args.batch_size" in line
+    assert "CUDA out of memory" in line and "data.init_args.batch_size" in line
 
 
 def policy_arguments(runs: Path, root: Path, reward: Any, cost: Any, *more: str) -> list[str]:
