@@ -41,6 +41,13 @@ def test_every_config_says_its_purpose_and_command_at_the_top(config: Path) -> N
     assert any("hcrlhf fit --config" in line for line in head)
 
 
+@pytest.mark.parametrize("folder", ["cards", "large", "models"])
+def test_every_config_of_a_large_model_says_where_the_licences_stand(folder: str) -> None:
+    for config in sorted((ROOT / "configs" / folder).glob("*.yaml")):
+        head = config.read_text(encoding="utf-8").split("\nmodel:")[0].lower()
+        assert "licen" in head and "model" in head and "data" in head, config
+
+
 def test_the_policy_configs_of_the_demo_end_with_a_safety_test() -> None:
     text = (ROOT / "configs/demo/policy.yaml").read_text(encoding="utf-8")
     assert "callbacks.SafetyTest" in text
