@@ -1458,6 +1458,11 @@ def test_the_path_of_large_models_in_4_bits_to_a_tested_export(
     assert len(opened) >= 3 and not any(opened) and testing == [True]
     packed = column(root, "response_tokens")
     assert column(unpacked, "response_tokens") == pytest.approx(packed, rel=0.02)
+    # What is shipped is what was tested: loaded anew it gives the same answers, and passes alike.
+    again = tmp_path / "again" / "run"
+    assert outcome_of(demo, root / "policy", again, *given[1:]) == PASSED
+    assert folder_hashes(again / "policy") == folder_hashes(root / "policy")
+    assert (again / "responses.jsonl").read_text() == (root / "responses.jsonl").read_text()
     # What is merged is another model than the 4-bit one, and says so.
     merged = tmp_path / "merged"
     assert main(["export", str(root / "policy"), str(merged)]) == PASSED
