@@ -3,6 +3,7 @@
     python -m benchmarks.gpu predict                # anywhere: what each stage takes, no weights
     python -m benchmarks.gpu measure                # on a CUDA machine: all models, all stages
     python -m benchmarks.gpu measure --memory 12 8  # and once more in so many GiB of a larger card
+    python -m benchmarks.gpu measure --minutes 20   # no stage begins after so many (8 by default)
     python -m benchmarks.gpu report
 
 Models have their real shapes and random weights, built from the configuration class: nothing is
@@ -12,18 +13,25 @@ bf16-mixed.
 
 `measure` builds each model once, gives it the roles of one stage after the other, and makes the
 passes of one update of each with the project's own backbone, sampling and log-probabilities. Every
-pass is made twice, the first time to warm the kernels, and the second one counts. Results are
-printed and written after every stage: what was measured before an error or an end stays. Rates are
-of the card that it runs on; with --memory they are still that card's.
+pass is made twice: the first time, with short responses, to warm kernels and the allocator, and the
+second one counts. Results are printed and written after every stage: what was measured before an
+error or an end stays. Rates are of the card that it runs on; with --memory they are still that
+card's.
 
-Peaks are max_memory_allocated; beside them stand the allocator's reserved bytes and what the card
-lacks beside these (CUDA's context and its libraries). `--memory` limits what the allocator reserves
-to that many GiB less doctor's allowance for the rest.
+Peaks are max_memory_allocated. Beside them stand what the allocator reserved in the whole stage,
+whose cache is emptied before it and not between its passes, as no run empties it; and what the card
+lacks beside these (CUDA's context, its libraries, other processes). `--memory` limits what the
+allocator reserves to that many GiB less doctor's allowance for the rest.
 
-Bounds: a decoding step reads every weight once, so that tokens/s <= rows x bandwidth / bytes of
-weights; an update does about 3 x weights x tokens multiply-adds (forward, recomputed forward,
-backward through frozen weights), against the card's own matmul rate. samples/s: of an update of
-rollout_rows responses, its rollout, scoring and steps together.
+Bounds: the least seconds that the card's own rates allow, over those that were measured. A decoding
+step reads every weight once. An update makes 3 multiply-adds per token and weight of the linear
+layers (forward, recomputed forward, backward through frozen weights), and 2 per response token and
+weight of the output layer (log-probabilities and their gradient). Scoring makes 1 for each role,
+and 1 of the output layer for the policy and the reference. Attention and adapters are left out, so
+that shares are a little too low.
+
+Samples per second are those of whole updates: rollout, scoring, passes and the step together, BATCH
+samples to a step.
 """
 
 from __future__ import annotations
@@ -37,10 +45,11 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import asdict, replace
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +57,7 @@ from torch import Tensor, nn
 from hcrlhf import machine, optimizers
 from hcrlhf.backbone import Backbone, LoraOptions
 from hcrlhf.doctor import ALLOWANCE
+from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.gradients import known_gradient
 from hcrlhf.optimizers import adamw
@@ -83,9 +93,12 @@ LARGE = tuple(name for name in SHAPES if name != "tiny")
 BASE = Sizes(
     "policy", "nf4", "bfloat16", True, LoraOptions(8, 16), PROMPT, RESPONSE, 4, checkpointing=True
 )
-# The policy's frozen adapters: reference, reward and cost. Two constraints, so three critics.
-# In an order in which every stage has the roles of the ones before it.
-ROLES = replace(BASE, score_rows=4, rollout_rows=32, test_rows=32, frozen=3)
+BATCH = 32  # samples of an optimizer step: demonstrations, pairs, responses of one rollout
+UNITS = {"supervised": "demonstrations", "preference": "pairs", "policy": "responses"}
+FROZEN = ("reference", "reward", "cost")  # the policy's frozen adapters
+# Two constraints, so three critics. In an order in which every stage has the roles of the ones
+# before it.
+ROLES = replace(BASE, score_rows=4, rollout_rows=BATCH, test_rows=BATCH, frozen=len(FROZEN))
 STAGES: dict[str, Sizes] = {
     "supervised": replace(BASE, stage="supervised", accumulated=True),
     "reward or cost": replace(BASE, stage="preference", rows=8, accumulated=True),
@@ -99,6 +112,7 @@ LIMITED = "PPO, shared critics"  # what is measured within the limits of smaller
 WITHOUT_ROLLOUT = ("PPO, separate critics", "PPO, separate critics, adamw_8bit")  # as the one above
 PHASES = ("rollout", "score", "update", "step", "test")
 WARM = 8  # tokens of a response that only warms kernels
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def configuration(name: str) -> Any:
@@ -116,15 +130,20 @@ def predict(models: list[str]) -> None:
     for model in models:
         for stage, sizes in STAGES.items():
             begin = time.monotonic()
-            told = footprint(configuration(model), sizes)
-            rows.append({"model": model, "stage": stage, **described(told)})
+            found = footprint(configuration(model), sizes)
+            rows.append({"model": model, "stage": stage, **described(found)})
             print(
-                f"{model}, {stage}: {told.peak / GIB:.2f} GiB ({time.monotonic() - begin:.0f} s)",
+                f"{model}, {stage}: {found.peak / GIB:.2f} GiB ({time.monotonic() - begin:.0f} s)",
                 flush=True,
             )
         for rank in (8, 16):
             rows += roles(model, rank)
-    (RESULTS / "memory.json").write_text(json.dumps(rows, indent=1) + "\n")
+    told = {"versions": versions("torch", "transformers"), "rows": rows}
+    (RESULTS / "memory.json").write_text(json.dumps(told, indent=1) + "\n")
+
+
+def versions(*packages: str) -> dict[str, str]:
+    return {name: str(import_module(name).__version__) for name in packages}
 
 
 def described(told: Footprint) -> dict[str, Any]:
@@ -133,20 +152,27 @@ def described(told: Footprint) -> dict[str, Any]:
 
 def roles(model: str, rank: int) -> list[dict[str, Any]]:
     """What one more role costs, as a share of the backbone: bytes that stay, gradients included."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        own = AutoModelForCausalLM.from_config(configuration(model))
-    linear = [m for n, m in own.named_modules() if type(m) is nn.Linear and "lm_head" not in n]
+    own, linear = without_memory(model)
     weights = sum(rank * (m.in_features + m.out_features) for m in linear)
-    packed = sum(m.in_features * m.out_features for m in linear) * (0.5 + 1 / 64 + 4 / 64 / 256)
-    others = sum(p.numel() for p in own.parameters()) - sum(m.weight.numel() for m in linear)
-    backbone = packed + 2 * others
+    count = sum(m.weight.numel() for m in linear)
+    others = sum(p.numel() for p in own.parameters()) - count
+    backbone = count * (0.5 + 1 / 64 + 4 / 64 / 256) + 2 * others
     kinds = {"frozen": 4.0, "trained, adamw": 16.0, "trained, adamw_8bit": 10.03}
     return [
         {"model": model, "role": kind, "rank": rank, "share": weights * bytes_ / backbone}
         for kind, bytes_ in kinds.items()
     ]
+
+
+@cache
+def without_memory(model: str) -> tuple[nn.Module, list[nn.Linear]]:
+    """The model without weights, and its linear layers; the output layer is none of them."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        own = AutoModelForCausalLM.from_config(configuration(model))
+    modules = own.named_modules()
+    return own, [m for name, m in modules if type(m) is nn.Linear and "lm_head" not in name]
 
 
 # -- measured --------------------------------------------------------------------------------------
@@ -196,30 +222,30 @@ def release(device: torch.device) -> None:
     """Gives back what nothing refers to any more."""
     gc.collect()
     if device.type == "cuda":
+        torch.cuda.synchronize()  # what went wrong before is raised here
         torch.cuda.empty_cache()
 
 
-@dataclass
-class Meter:
-    """Of each phase, in its last run: bytes (on CUDA) and seconds."""
+class Cost(NamedTuple):
+    """Of one call: seconds, and the most bytes allocated and reserved; on a CPU these are 0."""
 
-    device: torch.device
-    peaks: dict[str, int] = field(default_factory=dict)
-    reserved: dict[str, int] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
+    seconds: float
+    peak: int
+    reserved: int
 
-    def run(self, name: str, work: Callable[[], object]) -> None:
-        cuda = self.device.type == "cuda"
-        if cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
+
+def cost(work: Callable[[], object], device: torch.device) -> Cost:
+    if device.type != "cuda":
         begin = time.perf_counter()
         work()
-        if cuda:
-            torch.cuda.synchronize()
-            self.peaks[name] = torch.cuda.max_memory_allocated()
-            self.reserved[name] = torch.cuda.max_memory_reserved()
-        self.seconds[name] = time.perf_counter() - begin
+        return Cost(time.perf_counter() - begin, 0, 0)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - begin
+    return Cost(seconds, torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved())
 
 
 def tokens(rows: int, response: int, vocabulary: int, shortest: int = PROMPT) -> Tokens:
@@ -253,13 +279,13 @@ class Bench:
         critics = [f"critic{i}" for i in range(sizes.critics)]
         heads = [f"shared{i}" for i in range(sizes.shared_heads)]
         heads += ["score"] if sizes.stage == "preference" else []
-        for role in ["policy", *(f"frozen{i}" for i in range(sizes.frozen)), *critics]:
+        frozen = FROZEN[: sizes.frozen]
+        for role in ["policy", *frozen, *critics]:
             if role not in self.own.roles:
-                frozen = role.startswith("frozen")
-                self.own.add_role(role, sizes.lora, trainable=not frozen)
-        for head in [*heads, *critics]:
+                self.own.add_role(role, sizes.lora, trainable=role not in FROZEN)
+        for head in [*heads, *frozen[1:], *critics]:
             if head not in self.own.heads:
-                self.own.add_head(head, trainable=True)
+                self.own.add_head(head, trainable=head not in FROZEN)
         self.own.to(self.device)
         return critics, heads
 
@@ -287,10 +313,14 @@ class Bench:
         def test(length: int) -> None:  # packed, without mixed precision
             self.draw(sizes.test_rows, length)
 
-        def score(length: int) -> None:
-            frozen = [role for role in own.roles if role.startswith("frozen")]
-            readers: dict[str, Any] = dict.fromkeys([*frozen, *critics], lambda h, t: h[:, -1])
-            readers["policy"] = own.log_probs
+        def actor(hidden: Tensor, part: Tokens) -> Tensor:
+            values = [own.values(head, hidden, part) for head in shared]
+            return torch.stack([own.log_probs(hidden, part), *values], dim=1)
+
+        def score(length: int) -> None:  # reads what a policy's update reads of a rollout
+            readers: dict[str, Any] = {"policy": actor, "reference": own.log_probs}
+            readers |= {role: partial(own.scores, role) for role in FROZEN[1:]}
+            readers |= {role: partial(own.values, role) for role in critics}
             with autocast, own.inference():
                 found = own.read([batch], readers)
             assert bool(found["policy"][0].isfinite().all())
@@ -327,38 +357,34 @@ class Bench:
         return {"rollout": rollout, **found, "test": test} if sizes.rollout_rows else found
 
     def measured(self, stage: str) -> dict[str, Any]:
-        """A stage's update, after a short one that warms kernels and makes optimizer states."""
-        sizes, meter = STAGES[stage], Meter(self.device)
+        """A stage's update, after a short one that warms kernels and makes optimizer states.
+
+        A long rollout is made once and gives both figures, for it is nearly all of the time. So the
+        cache is emptied before the short update alone: peaks do not depend on it, and while time
+        runs the card is asked for no more memory than the full length of a response adds.
+        """
+        sizes, found = STAGES[stage], dict[str, Cost]()
         if stage in WITHOUT_ROLLOUT:
             sizes = replace(sizes, rollout_rows=0)
         work = self.passes(sizes)
         if stage != LIMITED:
             work.pop("test", None)  # the same everywhere, and slow
+        release(self.device)
         for length in (WARM, RESPONSE):
             for name, run in work.items():
-                release(self.device)  # what a phase reserves is its own
-                meter.run(name, partial(run, length))
-        seconds, rows = meter.seconds, sizes.rows
+                found[name] = cost(partial(run, length), self.device)
+        seconds = {name: x.seconds for name, x in found.items()}
         seconds["update"] /= passes(sizes)
-        read = {"score": 1 + sizes.frozen + sizes.critics, "update": 1 + sizes.critics}
-        speed = {n: rows * sizes.width * k / seconds[n] for n, k in read.items() if n in work}
-        row: dict[str, Any] = {
-            "peaks": meter.peaks,
-            "reserved": meter.reserved,
+        return {
+            "peaks": {name: x.peak for name, x in found.items()},
+            "reserved": max(x.reserved for x in found.values()),
             "outside": outside(self.device),
             "seconds": seconds,
-            "tokens/s": speed,
         }
-        if "rollout" in work:
-            count = sizes.rollout_rows
-            speed["rollout"] = count * RESPONSE / seconds["rollout"]
-            each = (seconds["score"] + seconds["update"]) / rows
-            row["samples/s"] = count / (seconds["rollout"] + count * each + seconds["step"])
-        return row
 
 
 def outside(device: torch.device) -> int:
-    """Bytes of the card that are neither free nor the allocator's: contexts and libraries."""
+    """Bytes that are neither free nor the allocator's: contexts, libraries, other processes."""
     if device.type != "cuda":
         return 0
     free, total = torch.cuda.mem_get_info()
@@ -367,36 +393,55 @@ def outside(device: torch.device) -> int:
 
 def rates(device: torch.device) -> dict[str, float]:
     """The card's own: bytes/s of a copy (read and written), multiply-adds/s of bf16 products."""
-    x = torch.empty(2**28 if device.type == "cuda" else 2**24, dtype=torch.bfloat16, device=device)
-    a = torch.randn(4096 if device.type == "cuda" else 512, device=device).to(torch.bfloat16)
-    a = a[:, None] * a[None, :]
-    meter = Meter(device)
-    for _ in range(2):
-        meter.run("copy", lambda: [x.clone() for _ in range(5)])
-        meter.run("matmul", lambda: [a @ a for _ in range(20)])
+    count, side = (2**28, 8192) if device.type == "cuda" else (2**20, 64)
+    x = torch.randn(count, dtype=torch.bfloat16, device=device)
+    a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
+    y, b = torch.empty_like(x), torch.empty_like(a)
     return {
-        "bytes/s": 5 * 2 * x.numel() * 2 / meter.seconds["copy"],
-        "multiply-adds/s": 20 * len(a) ** 3 / meter.seconds["matmul"],
+        "bytes/s": 2 * 2 * count / least_seconds(lambda: y.copy_(x), device),
+        "multiply-adds/s": side**3 / least_seconds(lambda: torch.mm(a, a, out=b), device),
     }
 
 
-def measure(models: list[str], limits: list[float], device: torch.device, folder: Path) -> None:
-    """Every stage of every model, and LIMITED once more within each limit in GiB."""
+def least_seconds(work: Callable[[], object], device: torch.device, calls: int = 20) -> float:
+    """Of one call, the best of three timings; before them it runs until an idle card's clocks rise.
+
+    The host waits for the device after that many calls, not after each.
+    """
+    rise, long = (0.5, 0.2) if device.type == "cuda" else (0.0, 0.0)
+
+    def timed(least: float) -> float:
+        seconds = list[float]()
+        while not seconds or sum(seconds) < least:
+            seconds.append(cost(lambda: [work() for _ in range(calls)], device).seconds)
+        return sum(seconds) / len(seconds) / calls
+
+    timed(rise)
+    return min(timed(long) for _ in range(3))
+
+
+def measure(
+    models: list[str], limits: list[float], device: torch.device, folder: Path, minutes: float = 8.0
+) -> None:
+    """Every stage of every model, and LIMITED once more within each limit in GiB.
+
+    None begins after that many minutes, nor when an error has left the device unusable.
+
+    Raises:
+        InputError: bitsandbytes is missing, or does not work on the device.
+    """
+    end = time.monotonic() + 60 * minutes
     machine.choose_attention()
-    folder.mkdir(parents=True, exist_ok=True)
-    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower())}.json"
-    found: dict[str, Any] = {"card": card, **versions(device), "rates": rates(device), "rows": []}
-    print(json.dumps(found), flush=True)
-    if path.is_file():
-        before = json.loads(path.read_text())
-        if all(before[name] == found[name] for name in found if name not in ("rates", "rows")):
-            found["rows"] = before["rows"]
-    release(device)
+    found, path = begun(device, folder)
+    wanted = [(s, m) for s in STAGES for m in (None, *limits) if m is None or s == LIMITED]
+    stopped, left = "", list[str]()
     for model in models:
         bench: Bench | None = None
-        for stage, memory in [(s, m) for s in STAGES for m in (None, *limits)]:
-            if memory is not None and stage != LIMITED:
+        for stage, memory in wanted:
+            if not stopped and time.monotonic() >= end:
+                stopped = f"{minutes:g} minutes are over"
+            if stopped:
+                left.append(f"{model}, {stage}" + (f" in {memory:g} GiB" if memory else ""))
                 continue
             row: dict[str, Any] = {"model": model, "stage": stage, "memory": memory}
             try:
@@ -404,42 +449,64 @@ def measure(models: list[str], limits: list[float], device: torch.device, folder
                 bench = bench or Bench(model, device)
                 row |= bench.measured(stage)
             except Exception as error:  # what the others have found stays
-                row["error"] = traceback.format_exception_only(error)[-1].strip()
+                row["error"] = traceback.format_exception_only(error)[0].splitlines()[0]
                 traceback.print_exc()
+            keep(row, found, path)
             # Not before the error is gone, whose frames hold what was allocated.
-            limit(None, device)
-            release(device)
-            keys = ("model", "stage", "memory")
-            others = [r for r in found["rows"] if any(r[k] != row[k] for k in keys)]
-            found["rows"] = [*others, row]
-            print(json.dumps(row), flush=True)
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            if not cleared(device):
+                stopped = "the device answers nothing but errors"
         del bench
+        cleared(device)
+        own = [row for row in found["rows"] if row["model"] == model]
+        if own:
+            print("\n".join(tables(found | {"rows": own})), flush=True)
+    if left:
+        print(f"Left out, since {stopped}: {'; '.join(left)}. --models names what to begin with.")
+
+
+def begun(device: torch.device, folder: Path) -> tuple[dict[str, Any], Path]:
+    """What is known before the first row, and the rows of a call before this one; their file."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # statistics and limits are the current device's
+    machine.require_four_bits(device)
+    card = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    found: dict[str, Any] = {"card": card, **versions(*PACKAGES), "cuda": str(torch.version.cuda)}
+    path = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', card.lower())}.json"
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    same = all(before.get(name) == found[name] for name in found)
+    rows = [row for row in before["rows"] if row["stage"] in STAGES] if same else []
+    found |= {"rates": rates(device), "rows": rows}
+    print(json.dumps(found | {"rows": []}), flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    release(device)
+    return found, path
+
+
+def keep(row: dict[str, Any], found: dict[str, Any], path: Path) -> None:
+    """Adds a row, in the place of one of a call before, and writes them all."""
+    keys = ("model", "stage", "memory")
+    others = [r for r in found["rows"] if any(r[k] != row[k] for k in keys)]
+    found["rows"] = [*others, row]
+    print(json.dumps(row), flush=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def cleared(device: torch.device) -> bool:
+    """Lifts a limit and releases memory; False where that fails, as after an illegal access."""
+    try:
+        limit(None, device)
         release(device)
-    print("\n".join(tables(found)))
+    except RuntimeError:  # CUDA repeats such an error at every call until the process ends
+        return False
+    return True
 
 
 def limit(memory: float | None, device: torch.device) -> None:
     """What the allocator may reserve: that many GiB less what a card needs besides; None: all."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(0).total_memory
+        total = torch.cuda.get_device_properties(device).total_memory
         allowed = total if memory is None else memory * GIB - ALLOWANCE
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
-
-
-def versions(device: torch.device) -> dict[str, str]:
-    import bitsandbytes
-    import peft
-    import transformers
-
-    modules: dict[str, Any] = {
-        "torch": torch,
-        "transformers": transformers,
-        "peft": peft,
-        "bitsandbytes": bitsandbytes,
-    }
-    cuda = str(torch.version.cuda) if device.type == "cuda" else "none"
-    return {name: str(module.__version__) for name, module in modules.items()} | {"cuda": cuda}
 
 
 # -- the page --------------------------------------------------------------------------------------
@@ -450,7 +517,8 @@ def gib(count: float) -> str:
 
 
 def report() -> None:
-    rows = json.loads((RESULTS / "memory.json").read_text())
+    told = json.loads((RESULTS / "memory.json").read_text())
+    rows = told["rows"]
     lines = [
         "# Memory of 1.5 to 3B models on one card",
         "",
@@ -461,7 +529,7 @@ def report() -> None:
         "",
         "**Foretold** (GiB of PyTorch's allocator, by running the passes on tensors without "
         "memory; against counted bytes of small models on a CPU it is within 10%, "
-        "tests/test_footprint.py):",
+        f"tests/test_footprint.py; {named(told['versions'])}):",
         "",
         f"| model | stage | stays | {' | '.join(PHASES)} | peak |",
         "|---|---|---" + "|---" * len(PHASES) + "|---|",
@@ -502,54 +570,110 @@ def measured() -> list[str]:
     return [line for path in files for line in tables(json.loads(path.read_text()))]
 
 
+def named(packages: dict[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in packages.items())
+
+
 def tables(found: dict[str, Any]) -> list[str]:
     """What was measured on one card, beside what was foretold where that is known."""
-    names = ("torch", "cuda", "transformers", "peft", "bitsandbytes")
+    path = RESULTS / "memory.json"
+    told = json.loads(path.read_text()) if path.is_file() else {"versions": {}, "rows": []}
+    known = {(row["model"], row["stage"]): row for row in told["rows"] if "stage" in row}
     lines = [
-        f"**Measured** on {found['card']} ({', '.join(f'{n} {found[n]}' for n in names)}); a copy "
-        f"moves {found['rates']['bytes/s'] / 1e9:,.0f} GB/s, a bf16 product makes "
-        f"{found['rates']['multiply-adds/s'] / 1e12:,.1f}e12 multiply-adds/s:",
+        f"**Measured** on {found['card']} ({named({x: found[x] for x in (*PACKAGES, 'cuda')})}); "
+        f"a copy moves {found['rates']['bytes/s'] / 1e9:,.0f} GB/s, a bf16 product makes "
+        f"{found['rates']['multiply-adds/s'] / 1e12:,.1f}e12 multiply-adds/s. Foretold with "
+        f"{named(told['versions'])}. Reserved and samples/s are of the whole stage; separate "
+        "critics are given the seconds of the shared ones' rollout, which is the same:",
         "",
-        "| model | stage | within, GiB | phase | peak, GiB | foretold | reserved | tokens/s | "
-        "share of the bound | samples/s |",
+        "| model | stage | within, GiB | phase | peak, GiB | foretold | tokens/s | "
+        "share of the bound | reserved, GiB | samples/s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    memory = RESULTS / "memory.json"
-    rows = json.loads(memory.read_text()) if memory.is_file() else []
-    known = {(row["model"], row["stage"]): row for row in rows if "stage" in row}
     for row in found["rows"]:
         within = "all" if row["memory"] is None else f"{row['memory']:g}"
         start = f"| {row['model']} | {row['stage']} | {within} |"
         if "error" in row:
             lines.append(f"{start} {row['error'][:80]} | | | | | | |")
             continue
-        told = known.get((row["model"], row["stage"]))
-        for phase in row["seconds"]:
-            cells = [phase]
-            cells += [gib(row[x][phase]) if row[x] else "" for x in ("peaks",)]
-            cells += [gib(told["phases"][phase]) if told else ""]
-            cells += [gib(row["reserved"][phase]) if row["reserved"] else ""]
-            speed = row["tokens/s"].get(phase)
-            cells += [f"{speed:,.0f}" if speed else ""]
-            share = share_of_bound(row, phase, told, found["rates"]) if told and speed else None
-            cells += [f"{share:.1%}" if share else ""]
-            cells += [f"{row['samples/s']:.2f}" if phase == "rollout" else ""]
+        whole = [gib(row["reserved"]) if row["reserved"] else "", samples(row, found["rows"])]
+        expected = known.get((row["model"], row["stage"]))
+        for phase, seconds in row["seconds"].items():
+            count = tokens_of(STAGES[row["stage"]], phase)
+            share = share_of_bound(row, phase, expected, found["rates"])
+            cells = [
+                phase,
+                gib(row["peaks"][phase]) if row["peaks"][phase] else "",
+                gib(expected["phases"][phase]) if expected else "",
+                f"{count / seconds:,.0f}" if count else "",
+                f"{share:.1%}" if share else "",
+                *whole,
+            ]
             lines.append(f"{start} {' | '.join(cells)} |")
+            whole = ["", ""]  # said beside the first phase
     outsides = [row["outside"] for row in found["rows"] if row.get("outside")]
     if outsides:
-        lines += ["", f"Beside the allocator the card lacks at most {gib(max(outsides))} GiB."]
+        most = f"Beside the allocator the card lacks at most {gib(max(outsides))} GiB"
+        lines += ["", f"{most}, what other processes hold included."]
     return [*lines, ""]
 
 
-def share_of_bound(
-    row: dict[str, Any], phase: str, told: dict[str, Any], own: dict[str, float]
-) -> float:
-    weights, speed = told["parameters"], float(row["tokens/s"][phase])
+def tokens_of(sizes: Sizes, phase: str) -> int:
+    """Tokens that a rollout draws, or that a pass reads, once for each role; 0 of other phases."""
     if phase == "rollout":
-        sizes = STAGES[row["stage"]]
-        read = 2 * weights if sizes.unpacked else told["parts"]["backbone"]
-        return speed / (sizes.rollout_rows * own["bytes/s"] / read)
-    return speed / (own["multiply-adds/s"] / ({"score": 1, "update": 3}[phase] * weights))
+        return sizes.rollout_rows * sizes.response
+    if phase not in ("score", "update"):
+        return 0
+    roles = 1 + sizes.critics + (sizes.frozen if phase == "score" else 0)
+    return sizes.rows * sizes.width * roles
+
+
+def multiply_adds(model: str, sizes: Sizes, phase: str) -> int:
+    """Of one pass of scoring or an update, with frozen weights; the module's docstring counts them.
+
+    Log-probabilities are made of the policy, and in scoring of the reference too.
+    """
+    _, linear = without_memory(model)
+    each = sum(layer.weight.numel() for layer in linear)
+    output = SHAPES[model][1]["vocab_size"] * SHAPES[model][1]["hidden_size"]
+    times = {"score": 1, "update": 3}[phase]
+    log_probs = 0 if sizes.stage == "preference" else 2  # two roles, or a product and its gradient
+    responses = sizes.rows * sizes.response
+    return times * each * tokens_of(sizes, phase) + log_probs * output * responses
+
+
+def share_of_bound(
+    row: dict[str, Any], phase: str, told: dict[str, Any] | None, own: dict[str, float]
+) -> float | None:
+    """The least seconds by the card's own rates, over a phase's; None where no bound is known."""
+    sizes = STAGES[row["stage"]]
+    if phase in ("score", "update"):
+        least = multiply_adds(row["model"], sizes, phase) / own["multiply-adds/s"]
+    elif phase == "rollout" and told:
+        read = 2 * told["parameters"] if sizes.unpacked else told["parts"]["backbone"]
+        least = sizes.response * read / own["bytes/s"]
+    else:
+        return None
+    return least / float(row["seconds"][phase])
+
+
+def samples(row: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """Samples per second of an update of BATCH, and what they are; empty without a rollout's time.
+
+    Args:
+        rows: all; among them may be the one whose rollout stands for that of WITHOUT_ROLLOUT.
+    """
+    sizes, seconds = STAGES[row["stage"]], row["seconds"]
+    if row["stage"] in WITHOUT_ROLLOUT:
+        same = {"model": row["model"], "stage": LIMITED, "memory": None}
+        others = [r["seconds"] for r in rows if same.items() <= r.items() and "error" not in r]
+        if not others:
+            return ""
+        seconds = seconds | {"rollout": others[0]["rollout"]}
+    together = sizes.rows / (2 if sizes.stage == "preference" else 1)
+    passes = (seconds.get("score", 0) + seconds["update"]) * BATCH / together
+    speed = BATCH / (seconds.get("rollout", 0) + passes + seconds["step"])
+    return f"{speed:.2f} {UNITS[sizes.stage]}"
 
 
 def main() -> None:
@@ -557,7 +681,8 @@ def main() -> None:
     parser.add_argument("command", choices=["predict", "measure", "report"])
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(LARGE))
     parser.add_argument("--memory", type=float, nargs="*", default=[], help="GiB of smaller cards")
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--minutes", type=float, default=8.0, help="no stage begins after so many")
+    parser.add_argument("--device", type=torch.device, default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of what is measured")
     options = parser.parse_args()
     if options.command == "predict":
@@ -565,11 +690,15 @@ def main() -> None:
     elif options.command == "report":
         report()
     else:
-        if options.device == "cuda" and not torch.cuda.is_available():
+        device = options.device
+        if device.type == "cuda" and not torch.cuda.is_available():
             raise SystemExit("no CUDA device; --device cpu --models tiny tries the code")
-        if options.device != "cuda" and options.out == RESULTS:
+        if device.type != "cuda" and options.out == RESULTS:
             raise SystemExit("no results of a CPU beside those of cards; name another --out")
-        measure(options.models, options.memory, torch.device(options.device), options.out)
+        try:
+            measure(options.models, options.memory, device, options.out, options.minutes)
+        except InputError as error:
+            raise SystemExit(f"all is measured in 4 bits: {error}") from None
 
 
 if __name__ == "__main__":
