@@ -1,6 +1,7 @@
 """`hcrlhf doctor`: will this config run, and on which card? Before a weight is loaded.
 
-Configs come in as Lightning's parser reads them; of a model only its config.json is read.
+Configs come in as Lightning's parser reads them; of a model config.json, generation_config.json and
+the tokenizer are read, of data what lies here.
 """
 
 from __future__ import annotations
@@ -9,20 +10,36 @@ import argparse
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
+from hcrlhf.examples import Prompt
 from hcrlhf.footprint import Footprint, Sizes, footprint
-from hcrlhf.gate import Gate
+from hcrlhf.gate import Gate, Population
 from hcrlhf.machine import model_config
 from hcrlhf.pessimism import LOOK, PaperPessimism
+from hcrlhf.preferences import squash_range
+from hcrlhf.rows import FORMATS
+from hcrlhf.safety import HoldsSafetyPrompts
+from hcrlhf.splits import require_disjoint
 from hcrlhf.stages import FILE as STAGE_FILE
-from hcrlhf.stages import BackboneSource, Role, read_stage
+from hcrlhf.stages import (
+    PROMPTS_FILE,
+    BackboneSource,
+    ClassifierStage,
+    Role,
+    Stage,
+    read_classifier_stage,
+    read_prompt_keys,
+    read_stage,
+    require_same_base,
+)
 from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer
 
 GIB = 2**30
@@ -31,6 +48,7 @@ GIB = 2**30
 ALLOWANCE = 0.75 * GIB
 TOO_LARGE, FITS = 2, 0
 INNER: tuple[Role, ...] = ("reward", "cost")
+ENCODED = 1000  # of a stage's examples, to see whether they suit it: all of them would take minutes
 
 Config = Mapping[str, Any]
 Parse = Callable[[Sequence[str]], Config]
@@ -47,11 +65,18 @@ class Base:
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was looked at, whether it is well, and what was seen."""
+    """One check: what was looked at, whether it is well, and what was seen.
+
+    Attributes:
+        good: None where `fit` does not mind, or will not once an earlier stage has been run.
+    """
 
     name: str
-    good: bool
+    good: bool | None
     seen: str
+
+
+MARKS = {True: "ok  ", False: "NOT ", None: "note"}
 
 
 # -- from a config to sizes ------------------------------------------------------------------------
@@ -88,10 +113,11 @@ def base_of(config: Config, sft: Config | None) -> Base:
         source = stage.backbone
         if kind(config) == "Policy" and not stage.adapter:
             # A fully tuned model may be quantised afterwards, as reward and cost model have it.
+            stages, _ = _stages(config)
             for role in INNER:
-                if isinstance(model[role], str) and (Path(model[role]) / STAGE_FILE).is_file():
-                    own = read_stage(model[role], role, role).backbone
-                    source = replace(source, quantization=own.quantization, dtype=own.dtype)
+                if isinstance(own := stages.get(role), Stage):
+                    kept = own.backbone
+                    source = replace(source, quantization=kept.quantization, dtype=kept.dtype)
                     break
         base = Base(source, stage.chat, lora)
     elif sft is not None:
@@ -211,7 +237,7 @@ def require_card(config: Config, total: int) -> str | None:
 
 
 def remedies(sizes: Sizes) -> dict[str, Sizes]:
-    """Settings that take less, by the key that a user would change."""
+    """Settings that take less, by the key that a user would change; no two change the same."""
     found: dict[str, Sizes] = {}
     if sizes.quantization == "none" and sizes.lora is not None:
         smaller = replace(sizes, quantization="nf4", dtype="bfloat16", merged=False)
@@ -221,6 +247,9 @@ def remedies(sizes: Sizes) -> dict[str, Sizes]:
     if sizes.stage == "policy":
         if sizes.unpacked:
             found["unpacked_rollouts: false"] = replace(sizes, unpacked=False)
+        if sizes.critics:
+            shared = replace(sizes, critics=0, shared_heads=sizes.critics)
+            found["learner critic: shared (or hcrlhf.rloo.RLOO, without critics)"] = shared
         if max(sizes.rollout_rows, sizes.test_rows) > 1:
             half = max(sizes.rollout_rows, sizes.test_rows) // 2
             fewer = replace(
@@ -243,83 +272,254 @@ def remedies(sizes: Sizes) -> dict[str, Sizes]:
             f"data batch_size: {max(half // unit, 1)} (and accumulate_grad_batches twice as many)"
         )
         found[name] = replace(sizes, rows=rows, batch=-(-half // rows), accumulated=True)
-    if sizes.response > 64:
-        half = sizes.response // 2
-        found[f"chat.max_response_tokens: {half}"] = replace(sizes, response=half)
+    for name, tokens in (("response", sizes.response), ("prompt", sizes.prompt)):
+        if tokens > 64:
+            key = f"chat.max_{name}_tokens: {tokens // 2} (supervised stage)"
+            shorter = {name: tokens // 2}
+            found[key] = replace(sizes, **shorter)  # type: ignore[arg-type]
+    if sizes.lora is not None and sizes.lora.r > 4:
+        half = sizes.lora.r // 2
+        found[f"lora.r: {half}"] = replace(sizes, lora=replace(sizes.lora, r=half))
     if sizes.optimizer == "adamw":
         found["optimizer: adamw_8bit"] = replace(sizes, optimizer="adamw_8bit")
     return found
 
 
+# Of a size, the phases that it makes smaller; one that is not here makes all of them so.
+ONLY_IN = {
+    "rollout_rows": "rollout",
+    "test_rows": "test",
+    "unpacked": "rollout",
+    "score_rows": "score",
+    "rows": "update",
+    "batch": "update",
+    "accumulated": "update",
+    "checkpointing": "update",
+}
+
+
 def best_remedies(
     sizes: Sizes, told: Footprint, foretell: Callable[[Sizes], Footprint], count: int = 3
-) -> list[tuple[str, int]]:
-    """The keys that help most, and the peak with each."""
-    peaks = {key: foretell(smaller).peak for key, smaller in remedies(sizes).items()}
-    best = sorted((peak, key) for key, peak in peaks.items() if peak < told.peak)[:count]
-    return [(key, peak) for peak, key in best]
+) -> tuple[list[tuple[str, int]], Footprint]:
+    """The keys that help most, with the peak of each; and what is foretold of them together.
+
+    Each footprint takes seconds: none is made of a key that leaves the largest phase as it is.
+    """
+    largest = _largest(told)
+    changes = {key: _changes(sizes, smaller) for key, smaller in remedies(sizes).items()}
+    with_each = {
+        key: foretell(replace(sizes, **change))
+        for key, change in changes.items()
+        if any(ONLY_IN.get(name, largest) == largest for name in change)
+    }
+    peaks = sorted((with_it.peak, key) for key, with_it in with_each.items())
+    best = [(key, peak) for peak, key in peaks if peak < told.peak][:count]
+    if len(best) < 2:
+        return best, with_each[best[0][0]] if best else told
+    together = {name: value for key, _ in best for name, value in changes[key].items()}
+    return best, foretell(replace(sizes, **together))
+
+
+def _largest(told: Footprint) -> str:
+    return max(told.phases, key=lambda phase: told.phases[phase])
+
+
+def _changes(sizes: Sizes, smaller: Sizes) -> dict[str, Any]:
+    pairs = ((f.name, getattr(sizes, f.name), getattr(smaller, f.name)) for f in fields(sizes))
+    return {name: new for name, old, new in pairs if new != old}
 
 
 # -- checks beside memory --------------------------------------------------------------------------
 
 
 def checks(config: Config, base: Base) -> list[Finding]:
-    """Template, EOS, data and the limits, as far as they can be looked at from here."""
-    encoder, finding = _tokenizer(base)
-    found = [finding]
-    if kind(config) == "Policy":
-        prompts, validation = _prompts(config["data"], encoder)
-        found.append(prompts)
-        try:
-            found += _reach(granted(config), validation)
-        except InputError as error:
-            found.append(Finding("safety test", False, str(error)))
-    else:
-        found.append(_file(config["data"]["init_args"]["path"]))
+    """Tokenizer, earlier stages, data and the limits, as far as they can be looked at from here."""
+    encoder, found = _tokenizer(base)
+    stages, of_stages = _stages(config)
+    found += [*of_stages, *_one_base(stages, base)]
+    if kind(config) != "Policy":
+        return [*found, _examples(config, encoder)]
+    prompts, finding = _prompts(config)
+    found.append(finding)
+    look = None if prompts is None else len(_fitting(prompts.validation_prompts, encoder))
+    try:
+        cost = stages.get("cost")  # a model of its own may be given another range by the config
+        constraints = granted(config, cost if isinstance(cost, Stage) else None)
+        found += _reach(constraints, None if look is None else min(look, LOOK))
+        if prompts is not None:
+            _require_safety_prompts(config, prompts, encoder, constraints)
+    except InputError as error:
+        found.append(Finding("safety test", False, str(error)))
     return found
 
 
-def _tokenizer(base: Base) -> tuple[TextEncoder | None, Finding]:
+def _tokenizer(base: Base) -> tuple[TextEncoder | None, list[Finding]]:
     try:
         encoder = TextEncoder(load_tokenizer(base.source.model, base.source.revision), base.chat)
         length = len(encoder.prompt_ids(({"role": "user", "content": "How are you?"},)))
     except InputError as error:
-        return None, Finding("tokenizer", False, str(error))
-    names = encoder.tokenizer.convert_ids_to_tokens([encoder.eos_id, encoder.pad_id])
+        return None, [Finding("tokenizer", False, str(error))]
     own = "its own template" if encoder.tokenizer.chat_template else "the plain template"
-    return encoder, Finding(
-        "tokenizer",
-        True,
-        f"{own}; a response ends with {names[0]!r}, padding is {names[1]!r}; "
-        f"'How are you?' takes {length} tokens",
+    template = "the template of chat.chat_template" if base.chat.chat_template else own
+    seen = (
+        f"{template}; a response ends with {_named(encoder, encoder.stop_ids)}, padding is "
+        f"{_named(encoder, [encoder.pad_id])}; 'How are you?' takes {length} tokens"
     )
+    found = [Finding("tokenizer", True, seen)]
+    if others := sorted(_own_stops(base.source) - set(encoder.stop_ids)):
+        seen = (
+            f"the model's own generation_config.json also ends answers with "
+            f"{_named(encoder, others)} (eos_token_id {', '.join(map(str, others))}), after which "
+            "a response would go on here; add it to chat.stop_tokens of the supervised stage"
+        )
+        found.append(Finding("stop tokens", None, seen))
+    return encoder, found
 
 
-def _file(path: str) -> Finding:
-    local = Path(path)
-    if local.is_file():
-        return Finding("data", True, f"{path}, {local.stat().st_size / 2**20:.1f} MiB")
-    if local.suffix or local.is_absolute():
-        return Finding("data", False, f"{path} does not exist")
-    return Finding(
-        "data", True, f"{path}: no file here, so a data set id of the hub (not looked up)"
-    )
+def _named(encoder: TextEncoder, ids: Sequence[int]) -> str:
+    return " or ".join(map(repr, encoder.tokenizer.convert_ids_to_tokens(ids)))
 
 
-def _prompts(data: Mapping[str, Any], encoder: TextEncoder | None) -> tuple[Finding, int | None]:
-    """What is said of the prompts; and on how many a candidate is looked at, where it is known:
-    those for validation that are not too long.
-    """
+def _own_stops(source: BackboneSource) -> set[int]:
+    """What a model ends its answers with by its generation_config.json, where it has one."""
+    from transformers import GenerationConfig
+
     try:
-        prompts = built(data)
-        prompts.setup("fit")
+        ids = GenerationConfig.from_pretrained(
+            source.model, revision=source.revision or "main"
+        ).eos_token_id
+    except (OSError, ValueError):
+        return set()
+    return {ids} if isinstance(ids, int) else set(ids or ())
+
+
+# -- earlier stages --------------------------------------------------------------------------------
+
+
+def _folders(config: Config) -> dict[Role, str]:
+    """Of each role that this config names its folder; a scorer's where it is a model of its own."""
+    model, roles = config["model"]["init_args"], ("sft", *INNER)
+    named: dict[Role, Any] = {role: model.get(role) for role in roles}
+    for role, value in named.items():
+        if isinstance(value, Mapping):
+            named[role] = (value.get("init_args") or {}).get("model")
+    return {role: folder for role, folder in named.items() if isinstance(folder, str)}
+
+
+def _stages(config: Config) -> tuple[dict[Role, Stage | ClassifierStage], list[Finding]]:
+    """The earlier stages that are there, each in its place; and what is to be said of others."""
+    model = config["model"]["init_args"]
+    stages: dict[Role, Stage | ClassifierStage] = {}
+    found = []
+    for role, folder in _folders(config).items():
+        read = read_stage if isinstance(model[role], str) else read_classifier_stage
+        try:
+            if (stage := read(folder, role, role)) is not None:
+                stages[role] = stage
+        except InputError as error:
+            there = (Path(folder) / STAGE_FILE).is_file()
+            seen = str(error) if there else f"{error}; until then fit refuses"
+            found.append(Finding("stages", False if there else None, seen))
+    return stages, found
+
+
+def _one_base(stages: Mapping[Role, Stage | ClassifierStage], base: Base) -> list[Finding]:
+    """Whether the stages that share a backbone share one."""
+    shared: dict[str, Stage] = {r: stage for r, stage in stages.items() if isinstance(stage, Stage)}
+    if not shared:
+        return []
+    if "sft" in shared:  # quantised afterwards, perhaps
+        shared["sft"] = replace(shared["sft"], backbone=base.source)
+    try:
+        require_same_base(shared)
     except InputError as error:
-        return Finding("prompts", False, str(error)), None
-    counts = ", ".join(f"{len(x)} {name}" for name, x in prompts.prompts.items())
-    finding = Finding("prompts", True, f"{counts}; the safety prompts are in no other file")
-    messages = [prompt.messages for prompt in prompts.validation_prompts]
-    fit = [m for m in messages if encoder is None or encoder.encode(m, None) is not None]
-    return finding, min(len(fit), LOOK)
+        return [Finding("stages", False, str(error))]
+    return [Finding("stages", True, f"{', '.join(shared)}: finished, on the same base model")]
+
+
+# -- data and limits -------------------------------------------------------------------------------
+
+
+def _of_hub(described: Config, *keys: str) -> str | None:
+    """Of the first that is no file but an id of the hub, what is said: nothing is downloaded."""
+    for key in keys:
+        path = Path(described["init_args"].get(key) or "")
+        known = path.is_absolute() or {suffix[1:] for suffix in path.suffixes} & FORMATS.keys()
+        if not (known or path.exists()):
+            return f"{path}: no file here, so a data set id of the hub (not looked up)"
+    return None
+
+
+def _examples(config: Config, encoder: TextEncoder | None) -> Finding:
+    """The examples of a supervised, reward or cost stage, as `fit` reads and encodes them."""
+    if (hub := _of_hub(config["data"], "path", "validation")) is not None:
+        return Finding("data", True, hub)
+    try:
+        module, data = built(config["model"]), built(config["data"])
+        data.trainer = SimpleNamespace(lightning_module=module)  # all that is asked of it
+        data.setup("fit")
+        parts = {name: getattr(data, name, []) for name in ("training", "validation")}
+        if encoder is not None:
+            module.encoder = encoder
+            for name, examples in parts.items():
+                setattr(data, name, examples[:ENCODED])
+            data.train_dataloader()
+            data.val_dataloader()
+    except InputError as error:
+        return Finding("data", False, str(error))
+    counts = " and ".join(f"{len(examples)} {name}" for name, examples in parts.items())
+    return Finding("data", True, f"{counts} examples in {config['data']['init_args'].get('path')}")
+
+
+def _prompts(config: Config) -> tuple[Any, Finding]:
+    """The data module of a policy, where its files can be read, and what is said of it."""
+    files = ("train", "validation", "safety", "evaluation", "demonstrations")
+    if (hub := _of_hub(config["data"], *files)) is not None:
+        return None, Finding("prompts", True, hub)
+    folders = _folders(config)
+    try:
+        prompts = built(config["data"])
+        prompts.setup("fit")
+        if not isinstance(prompts, HoldsSafetyPrompts):
+            raise InputError(
+                f"a policy is trained on prompts, and {type(prompts).__name__} holds none; set "
+                "data.class_path to datamodules.Prompts"
+            )
+        safety = [prompt.key for prompt in prompts.safety_prompts or ()]
+        for role, folder in folders.items():
+            require_disjoint(safety, read_prompt_keys(folder), "safety", f"the {role} stage's")
+    except InputError as error:
+        return None, Finding("prompts", False, str(error))
+    seen = ", ".join(f"{len(x)} {name}" for name, x in getattr(prompts, "prompts", {}).items())
+    if safety:
+        seen += "; the safety prompts are in no other file"
+        if known := [r for r, folder in folders.items() if (Path(folder) / PROMPTS_FILE).is_file()]:
+            seen += f", nor among what {', '.join(known)} learnt from"
+    return prompts, Finding("prompts", True, seen)
+
+
+def _fitting(prompts: Sequence[Prompt], encoder: TextEncoder | None) -> list[str]:
+    """Keys of the prompts that are not too long, as far as that is known."""
+    return [
+        p.key for p in prompts if encoder is None or encoder.encode(p.messages, None) is not None
+    ]
+
+
+def _require_safety_prompts(
+    config: Config, prompts: Any, encoder: TextEncoder | None, constraints: Sequence[Constraint]
+) -> None:
+    """
+    Raises:
+        InputError: a safety test that has no file, or too few prompts that no test has used.
+    """
+    if (gate := _gate(config)) is None:
+        return
+    if prompts.safety_prompts is None:
+        raise InputError(
+            "SafetyTest needs data.init_args.safety, a file of prompts that nothing else uses"
+        )
+    pool = _fitting(prompts.safety_prompts, encoder)
+    gate.require_fresh(Population(pool), constraints[0].safety_prompts)
 
 
 def built(described: Mapping[str, Any]) -> Any:
@@ -328,21 +528,32 @@ def built(described: Mapping[str, Any]) -> Any:
     return getattr(import_module(module), name)(**(described.get("init_args") or {}))
 
 
-def granted(config: Config) -> tuple[Constraint, ...]:
+def granted(config: Config, cost: Stage | None = None) -> tuple[Constraint, ...]:
     """The constraints of a policy's config, with the δ that its safety test would be granted now.
+
+    Args:
+        cost: stage of the cost model, which knows the range of its costs; None: not known yet.
 
     Raises:
         InputError: they cannot be judged, or nothing is left of δ.
     """
     constraints = constraints_of(config)
+    if cost is not None:
+        within = squash_range(cost.squash)
+        constraints = [(c.with_range(*within) if within else c).ready() for c in constraints]
+    gate = _gate(config)
+    return tuple(constraints) if gate is None else gate.grant(constraints)
+
+
+def _gate(config: Config) -> Gate | None:
+    """The gate of the config's safety test; None without one."""
     for callback in config["trainer"].get("callbacks") or []:
         if callback["class_path"].rpartition(".")[2] == "SafetyTest":
             options = dict(callback.get("init_args") or {})
             known = ("ledger", "schedule", "sequential", "continues")
             given = {name: options[name] for name in known if name in options}
-            gate = Gate.configured(Path(config["trainer"]["default_root_dir"]), **given)
-            return gate.grant(constraints)
-    return tuple(constraints)
+            return Gate.configured(Path(config["trainer"]["default_root_dir"]), **given)
+    return None
 
 
 def constraints_of(config: Config) -> list[Constraint]:
@@ -363,14 +574,22 @@ def _reach(constraints: Sequence[Constraint], validation: int | None) -> list[Fi
     """
     found = []
     for constraint in constraints:
-        head = f"to pass on {constraint.safety_prompts} prompts training aims at "
+        n, good = constraint.safety_prompts, True
         if constraint.estimand == "harm_rate":
             target = constraint.training_target(len(constraints), validation)
-            tail = f"{target:.3f} for a limit of {constraint.threshold:g}"
+            good = target * n >= 1
+            tail = f"{target:{'.3f' if good else '.2g'}} for a limit of {constraint.threshold:g}"
+            if not good:
+                tail += (
+                    f": less than one harmful response in {n}, which training can neither see nor "
+                    "aim at; give more safety_prompts or a higher threshold (hcrlhf power says how "
+                    "likely a rate is to pass)"
+                )
         else:
             margin = constraint.training_pessimism(len(constraints), None, validation)
             tail = f"about {margin:.2f} standard deviations below {constraint.threshold:g}"
-        found.append(Finding(constraint.label, True, head + tail))
+        head = f"to pass on {n} prompts training aims at "
+        found.append(Finding(constraint.label, good, head + tail))
     return found
 
 
@@ -417,15 +636,31 @@ def main(arguments: Sequence[str], parse: Parse) -> int:
     print(report(config, base, sizes, told))
     findings = checks(config, base)
     for finding in findings:
-        print(f"{'ok  ' if finding.good else 'NOT '} {finding.name}: {finding.seen}")
+        print(f"{MARKS[finding.good]} {finding.name}: {finding.seen}")
     fits = True
     if available is not None:
         fits = told.peak + ALLOWANCE <= available
         print(f"\n{options.memory}: {'fits' if fits else 'DOES NOT FIT'}")
         if not fits:
-            for key, peak in best_remedies(sizes, told, foretold):
+            best, together = best_remedies(sizes, told, foretold)
+            for key, peak in best:
                 print(f"  {key}  -> {(peak + ALLOWANCE) / GIB:.2f} GiB")
-    return FITS if fits and all(f.good for f in findings) else TOO_LARGE
+            print(f"  {suffice(together, available, len(best))}")
+    return FITS if fits and all(f.good is not False for f in findings) else TOO_LARGE
+
+
+def suffice(together: Footprint, available: int, keys: int) -> str:
+    """Whether the keys that were named are enough, all of them together."""
+    if keys == 0:
+        return "no key of this config takes less; take a smaller model"
+    needed = together.peak + ALLOWANCE
+    words = f"{'together' if keys > 1 else 'alone'}  -> {needed / GIB:.2f} GiB: "
+    if needed <= available:
+        return words + "fits"
+    return words + (
+        f"DOES NOT FIT, by its {_largest(together)} phase; set what is named and ask again, or "
+        "take a smaller model"
+    )
 
 
 def _flags(paths: Sequence[str]) -> list[str]:
@@ -441,22 +676,24 @@ def report(config: Config, base: Base, sizes: Sizes, told: Footprint) -> str:
         "",
         "stays     " + ", ".join(f"{name} {_size(n)}" for name, n in told.parts.items()),
         "",
-        f"{'phase':10}{'beside that':>14}{'peak':>12}",
+        f"{'phase':10}{'beside that':>14}{''.join(f'{x:>12}' for x in SHARES)}{'peak':>12}",
     ]
     notes = {
-        "rollout": f"{sizes.rollout_rows} responses of {sizes.width} tokens together, "
-        f"KV cache {_size(told.cache)}",
+        "rollout": f"{sizes.rollout_rows} responses of {sizes.width} tokens together",
         "score": f"{sizes.score_rows} sequences per pass",
         "update": f"{sizes.rows * sizes.batch} sequences per backward pass"
-        + ("" if sizes.checkpointing else ", no gradient checkpointing")
-        + ("" if kind(config) == "Preference" else f", logits {_size(told.logits)} at a time"),
-        "step": f"gradients, and {sizes.optimizer}",
+        + ("" if sizes.checkpointing else ", no gradient checkpointing"),
+        "step": f"of {sizes.optimizer}",
         "test": f"{sizes.test_rows} responses of the safety test, without mixed precision",
     }
+    parts = shares(sizes, told)
     for name, peak in told.phases.items():
-        beside = _size(told.working[name])
-        lines.append(f"{name:10}{beside:>14}{_size(peak):>12}   {notes[name]}")
+        own = parts.get(name, {})
+        columns = "".join(f"{_size(own[x]) if x in own else '':>12}" for x in SHARES)
+        beside = f"{_size(told.working[name]):>14}"
+        lines.append(f"{name:10}{beside}{columns}{_size(peak):>12}   {notes[name]}")
     lines += [
+        "KV cache, logits, gradients: at their most; activations: what is left then, at least",
         "",
         f"peak {_size(told.peak)} of PyTorch's allocator; with an allowance of {_size(ALLOWANCE)} "
         f"for CUDA and fragments, {_size(told.peak + ALLOWANCE)}",
@@ -464,6 +701,31 @@ def report(config: Config, base: Base, sizes: Sizes, told: Footprint) -> str:
     if external := [s for s in ("reward", "cost") if _is_external(config, s)]:
         lines.append(f"not counted: the scorers of {' and '.join(external)}, models of their own")
     return "\n".join(lines) + "\n"
+
+
+SHARES = ("KV cache", "logits", "gradients", "activations")
+
+
+def shares(sizes: Sizes, told: Footprint) -> dict[str, dict[str, int]]:
+    """Bytes of what a phase needs beside the parts that stay, by SHARES, where they are known.
+
+    Cache, logits and gradients are whole, and need not all live at the peak: with them taken off,
+    what is left is the least that activations and other temporaries take.
+    """
+    logits = {"logits": told.logits}
+    update = {"gradients": 4 * told.trained}
+    found = {"update": update if sizes.stage == "preference" else update | logits}
+    if sizes.stage == "policy":
+        found["rollout"] = {"KV cache": told.cache}
+        if sizes.score_rows == sizes.rows:
+            found["score"] = logits
+        # Without mixed precision keys and values are of the backbone's type.
+        if sizes.test_rows and (not sizes.mixed or sizes.dtype == "bfloat16"):
+            found["test"] = {"KV cache": told.cache * sizes.test_rows // sizes.rollout_rows}
+    for name, known in found.items():
+        rest = max(told.working[name] - sum(known.values()), 0)
+        found[name] = known | {"activations": rest}
+    return found | {"step": update}
 
 
 def _is_external(config: Config, slot: str) -> bool:

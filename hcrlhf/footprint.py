@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import re
 import warnings
 import weakref
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from torch.utils._pytree import tree_leaves
 from hcrlhf.backbone import LoraOptions, token_chunk, token_log_probs
 from hcrlhf.errors import InputError
 from hcrlhf.gradients import known_gradient
+from hcrlhf.machine import is_target
 from hcrlhf.rollouts import draw
 
 BLOCK, NESTED_BLOCK = 64, 256  # of NF4, quantised twice: weights per scale, scales per scale
@@ -270,10 +272,10 @@ class _Model:
         lora = self.sizes.lora
         assert lora is not None
         chosen = lora.target_modules
-        for parent in list(self.model.modules()):
+        for path, parent in list(self.model.named_modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and child is not self.output:
-                    adapted = chosen == "all-linear" or name in chosen
+                    adapted = is_target(f"{path}.{name}".lstrip("."), chosen)
                     layer = AdaptedLinear(child, self.sizes, adapted, device)
                     setattr(parent, name, layer)
                     self.layers.append(layer)
@@ -328,7 +330,8 @@ class _Model:
 def footprint(config: Any, sizes: Sizes, device: Device = "cuda") -> Footprint:
     """What a stage takes with a model of this configuration.
 
-    Layers that are all alike add alike: a deep model is foretold from FEW and MANY of its layers.
+    Layers that are all alike add alike: a deep model is foretold from FEW and MANY of its layers,
+    unless LoRA names some of them by number.
 
     Args:
         config: of transformers, as `AutoConfig` reads it.
@@ -336,7 +339,8 @@ def footprint(config: Any, sizes: Sizes, device: Device = "cuda") -> Footprint:
     """
     depth = config.num_hidden_layers
     kinds = set(getattr(config, "layer_types", None) or ["alike"])
-    if depth <= 2 * MANY or len(kinds) > 1:
+    numbered = sizes.lora is not None and re.search(r"\b\d", str(sizes.lora.target_modules))
+    if depth <= 2 * MANY or len(kinds) > 1 or numbered:
         return _joined(_footprint(config, sizes, device))
     few, many = (_footprint(_shallow(config, n), sizes, device) for n in (FEW, MANY))
 

@@ -13,7 +13,7 @@ from torch import nn
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError
 from hcrlhf.optimizers import Name, adamw
-from hcrlhf.stages import BackboneSource
+from hcrlhf.stages import BackboneSource, hub_refusal
 from hcrlhf.text import one_line
 
 
@@ -110,12 +110,7 @@ def require_targets(config: Any, targets: str | list[str]) -> None:
     except (ValueError, ImportError):
         return  # no causal language model: loading it says so
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)]
-    # As PEFT reads them: one regular expression of the whole name, or ends of it.
-    if isinstance(targets, str):
-        found = any(re.fullmatch(targets, name) for name in linear)
-    else:
-        found = any(f".{name}".endswith(f".{target}") for name in linear for target in targets)
-    if not found:
+    if not any(is_target(name, targets) for name in linear):
         known = ", ".join(sorted({name.rpartition(".")[2] for name in linear}))
         raise InputError(
             f"LoRA's target_modules {targets} name no linear layer of this model; expected some of "
@@ -123,18 +118,28 @@ def require_targets(config: Any, targets: str | list[str]) -> None:
         )
 
 
+def is_target(name: str, targets: str | list[str]) -> bool:
+    """Whether LoRA adapts the linear layer of that name: target_modules as PEFT reads them.
+
+    One text is a regular expression of the whole name; of a list each is its end.
+    """
+    if isinstance(targets, str):
+        return targets == "all-linear" or re.fullmatch(targets, name) is not None
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
 def model_config(source: BackboneSource) -> Any:
     """config.json of a model folder or hub id; no weights.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or the hub does not give it.
     """
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(source.model, revision=source.revision)
     except Exception as error:
-        raise InputError(
+        raise hub_refusal(source.model, source.revision, error) or InputError(
             f"no config.json could be read for {source.model!r} ({one_line(error)}); expected the "
             "folder of a model, or a hub id that can be reached"
         ) from error

@@ -311,7 +311,7 @@ def local_model(model: str, revision: str | None = None) -> str:
         return model
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise InputError(f"the model folder {model!r} does not exist")
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
     download = partial(snapshot_download, model, revision=revision, allow_patterns=SNAPSHOT)
     try:
@@ -322,23 +322,33 @@ def local_model(model: str, revision: str | None = None) -> str:
         pass
     try:
         return str(download())
-    except errors.GatedRepoError as error:
-        raise InputError(
-            f"the hub asks who you are before it gives {model}: accept the model's licence on "
-            f"https://huggingface.co/{model}, then `hf auth login`, or give a local folder"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise InputError(f"the hub has no revision {revision!r} of {model}") from error
-    except errors.RepositoryNotFoundError as error:
-        raise InputError(
-            f"the hub has no model {model!r} that you may read; check the id, or `hf auth login`"
-        ) from error
     except Exception as error:
-        raise InputError(
+        raise hub_refusal(model, revision, error) or InputError(
             f"the model {model!r} is neither a folder nor in the Hugging Face cache, and the hub "
             f"could not be reached ({type(error).__name__}); give the folder of a model, or "
             "download it where there is a network"
         ) from error
+
+
+def hub_refusal(model: str, revision: str | None, error: BaseException | None) -> InputError | None:
+    """Why the hub does not give a model, however a library wrapped that; None: it did not say."""
+    from huggingface_hub import errors
+
+    while error is not None:
+        if isinstance(error, errors.GatedRepoError):
+            return InputError(
+                f"the hub asks who you are before it gives {model}: accept the model's licence on "
+                f"https://huggingface.co/{model}, then `hf auth login`, or give a local folder"
+            )
+        if isinstance(error, errors.RevisionNotFoundError):
+            return InputError(f"the hub has no revision {revision!r} of {model}")
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return InputError(
+                f"the hub has no model {model!r} that you may read; check the id, or "
+                "`hf auth login`"
+            )
+        error = error.__cause__
+    return None
 
 
 def _holds_weights(folder: Path) -> bool:

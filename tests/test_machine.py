@@ -11,6 +11,7 @@ from hcrlhf import backbone, doctor, machine
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.cli import main
 from hcrlhf.errors import InputError
+from hcrlhf.footprint import Sizes, footprint
 from hcrlhf.stages import BackboneSource
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -124,14 +125,50 @@ def test_targets_are_read_as_peft_reads_them(
     lora = LoraOptions(r=2, target_modules=targets)
     source = BackboneSource(str(model_folder))
     own = backbone.Backbone(backbone.load_causal_lm(source))
+    sizes = Sizes("supervised", "none", "float32", False, lora, prompt=4, response=4, rows=1)
     if found:
         machine.require(source, lora, "adamw", CPU)
         own.add_role("x", lora, trainable=True)
+        told = footprint(machine.model_config(source), sizes)
+        assert told.trained == sum(p.numel() for _, p in own.trained_parameters())
         return
     with pytest.raises(InputError, match="name no linear layer"):
         machine.require(source, lora, "adamw", CPU)
+    with pytest.raises(InputError, match="name no linear layer"):
+        footprint(machine.model_config(source), sizes)
     with pytest.raises(InputError, match="LoRA does not fit this model"):
         own.add_role("x", lora, trainable=True)
+
+
+def test_a_layer_that_is_named_by_its_number_is_foretold_in_a_deep_model(make_llama: Any) -> None:
+    lora = LoraOptions(r=2, target_modules=[r"layers.7.self_attn.q_proj"])
+    sizes = Sizes("supervised", "none", "float32", False, lora, prompt=4, response=4, rows=1)
+    told = footprint(make_llama(num_hidden_layers=9).config, sizes)
+    assert told.trained == 2 * (32 + 32)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("GatedRepoError", "accept the model's licence on https://huggingface.co/org/model, then"),
+        ("RevisionNotFoundError", "the hub has no revision 'abc' of org/model"),
+        ("RepositoryNotFoundError", "the hub has no model 'org/model' that you may read"),
+    ],
+)
+def test_why_the_hub_does_not_give_a_model_is_said_although_transformers_wraps_it(
+    error: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import errors
+
+    def download(*arguments: Any, **options: Any) -> None:
+        kind = getattr(errors, error)
+        raise kind.__new__(kind)
+
+    monkeypatch.setattr("transformers.utils.hub.hf_hub_download", download)
+    with pytest.raises(InputError) as caught:
+        machine.model_config(BackboneSource("org/model", revision="abc"))
+    assert words in str(caught.value)
+    assert isinstance(caught.value.__cause__, OSError)  # of transformers
 
 
 def test_a_card_that_is_too_small(model_folder: Path, tmp_path: Path) -> None:

@@ -2022,7 +2022,7 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
 def test_the_doctor_foretells_memory_and_checks_the_config(
     demo: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    arguments = policy_arguments(demo, tmp_path / "run")
+    arguments = policy_arguments(demo, tmp_path / "run", *ALWAYS)
     assert main(["doctor", *arguments, "--memory", "2GB"]) == PASSED
     told = capsys.readouterr().out
     for words in ("rollout", "score", "update", "a response ends with '<eos>'", "2GB: fits"):
@@ -2031,12 +2031,13 @@ def test_the_doctor_foretells_memory_and_checks_the_config(
     bound = {"class_path": "hcrlhf.methods.EmpiricalBernstein"}
     paper = {"c1": 2.0, "c2": 1.0, "rollout": 8}
     limits = [{"estimand": "mean", "threshold": 1.0, "bound": bound, "pessimism": paper}]
+    limits[0]["safety_prompts"] = 40
     assert main(["doctor", *arguments, f"--model.init_args.constraints={json.dumps(limits)}"]) == 0
     assert "standard deviations below 1" in capsys.readouterr().out
     assert main(["doctor", *arguments, "--memory", "770MB"]) == 2
     told = capsys.readouterr().out
     assert "770MB: DOES NOT FIT" in told
-    assert told.count(" -> ") == 3
+    assert told.count(" -> ") == 4 and "together  -> 0.75 GiB: " in told
     missing = ["--data.init_args.safety", str(tmp_path / "none.jsonl")]
     assert main(["doctor", *arguments, *missing]) == 2
     assert "NOT  prompts:" in capsys.readouterr().out
@@ -2052,7 +2053,7 @@ def test_the_doctor_counts_the_validation_prompts_that_a_policy_can_read(
     longer.write_text(own.read_text() + "".join(f'{{"prompt": "{words}{i}"}}\n' for i in range(9)))
     told = []
     for path in (own, longer):
-        more = ["--data.init_args.validation", str(path)]
+        more = [*ALWAYS, "--data.init_args.validation", str(path)]
         assert main(["doctor", *policy_arguments(demo, tmp_path / "run", *more)]) == PASSED
         told.append([x for x in capsys.readouterr().out.splitlines() if "training aims at" in x])
     assert told[0] == told[1] != []
@@ -2061,7 +2062,8 @@ def test_the_doctor_counts_the_validation_prompts_that_a_policy_can_read(
 def test_the_doctor_knows_a_model_that_no_stage_has_trained_yet(
     demo: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    arguments = policy_arguments(demo, tmp_path / "run", "--model.init_args.sft", "not/there")
+    missing = ["--model.init_args.sft", "not/there"]
+    arguments = policy_arguments(demo, tmp_path / "run", *ALWAYS, *missing)
     assert main(["doctor", *arguments]) == 2
     assert "add --sft CONFIG.yaml" in capsys.readouterr().err
     sft = tmp_path / "sft.yaml"
