@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.errors import InputError
+from hcrlhf.errors import InputError, is_out_of_memory
 from hcrlhf.optimizers import Name, adamw
 from hcrlhf.stages import BackboneSource, hub_refusal
 from hcrlhf.text import one_line
@@ -81,9 +81,9 @@ def require_eight_bits(optimizer: Name, device: torch.device) -> None:
 def _working(device: torch.device, instead: str) -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, OSError, AttributeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"bitsandbytes does not work on {device} ({one_line(error)}); install one with a "
             f"library for CUDA {torch.version.cuda}, which this torch is built for (python -m "

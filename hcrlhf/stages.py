@@ -259,7 +259,7 @@ def read_prompt_keys(folder: str) -> frozenset[str]:
     if not path.is_file():
         return frozenset()
     # Only a stage writes the hash, a merged export does not.
-    if of_stage.is_file() and _record(of_stage).get(PROMPTS_HASH) != file_sha256(path):
+    if of_stage.is_file() and read_record(of_stage).get(PROMPTS_HASH) != file_sha256(path):
         raise InputError(
             f"{path} is not the list that the stage wrote, and a safety test could not know what "
             "it was trained on; restore the file from a copy, or train the stage again"
@@ -267,7 +267,12 @@ def read_prompt_keys(folder: str) -> frozenset[str]:
     return frozenset(path.read_text().split())
 
 
-def _record(path: Path) -> Mapping[str, Any]:
+def read_record(path: Path) -> Mapping[str, Any]:
+    """A file that holds a JSON object; one of anything else reads as empty.
+
+    Raises:
+        InputError: it cannot be read.
+    """
     try:
         record = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -370,7 +375,7 @@ def require_own_base(folder: Path, source: BackboneSource, own: str) -> None:
     Raises:
         InputError: its base model has other weights, or cannot be found to be compared.
     """
-    config = _record(folder / "adapter_config.json")
+    config = read_record(folder / "adapter_config.json")
     named, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(named, str):
         raise InputError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import shutil
 from collections.abc import Callable, Sequence
@@ -48,6 +47,7 @@ from hcrlhf.stages import (
     Stage,
     fingerprint,
     read_prompt_keys,
+    read_record,
     read_stage,
     require_own_base,
     require_same_base,
@@ -664,5 +664,5 @@ class ScoredPolicy(AdapterModule):
 
 def _kept_dtype(folder: Path) -> Any:
     """In which precision a Hugging Face model lies in a folder, by its config; None: unsaid."""
-    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    record = read_record(folder / "config.json")
     return record.get("dtype") or record.get("torch_dtype")

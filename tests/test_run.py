@@ -2003,6 +2003,8 @@ def test_a_given_policy_that_cannot_be_tested_is_refused_in_one_line(
         json.dumps({**read(half / "config.json"), "dtype": "float16"})
     )
     says(outcome_of(demo, half, root), "is kept in float16, and would be tested in another")
+    (half / "config.json").write_text("{")
+    says(outcome_of(demo, half, root), "config.json' is not a valid JSON file")
     tail = json.dumps([{"estimand": "cvar", "threshold": 3.5, "alpha": 0.1, "safety_prompts": 30}])
     says(
         outcome_of(demo, given, root, f"--model.init_args.constraints={tail}"),
