@@ -264,7 +264,7 @@ def policy(kind: str, folder: Path, c: dict[str, Any]) -> tuple[Any, Any]:
 
 def shipped_options(kind: str) -> dict[str, Any]:
     """What of the configs of the recipe check decides how much work an update is."""
-    from hcrlhf.doctor import built, constraints_of
+    from hcrlhf.configured import built, constraints_of
     from hcrlhf.lightning_cli import parse
 
     configs = ("policy", "rloo", "long") if kind == "rloo" else ("policy", "long")

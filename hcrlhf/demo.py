@@ -20,8 +20,8 @@ import yaml
 
 from hcrlhf.certificate import PLAN_FILE
 from hcrlhf.cli import NO_SOLUTION, NOT_TESTED, PASSED
+from hcrlhf.configured import granted
 from hcrlhf.constraint import Constraint
-from hcrlhf.doctor import granted
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import read_json
 from hcrlhf.ledger import FILE as LEDGER_FILE

@@ -1,82 +1,30 @@
 """`hcrlhf doctor`: will this config run, and on which card? Before a weight is loaded.
 
-Configs come in as Lightning's parser reads them; of a model config.json, generation_config.json and
-the tokenizer are read, of data what lies here.
+Memory is foretold from a model's config.json alone; what else is looked at stands in checks.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from importlib import import_module
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.constraint import Constraint
+from hcrlhf.checks import MARKS, checks
+from hcrlhf.configured import Base, Config, base_of, kind, lora_of
 from hcrlhf.errors import InputError
-from hcrlhf.examples import Prompt
 from hcrlhf.footprint import Footprint, Sizes, footprint
-from hcrlhf.gate import Gate, Population
 from hcrlhf.machine import model_config
-from hcrlhf.pessimism import LOOK, PaperPessimism
-from hcrlhf.preferences import squash_range
-from hcrlhf.rows import FORMATS
-from hcrlhf.safety import HoldsSafetyPrompts
-from hcrlhf.splits import require_disjoint
-from hcrlhf.stages import FILE as STAGE_FILE
-from hcrlhf.stages import (
-    PROMPTS_FILE,
-    BackboneSource,
-    ClassifierStage,
-    Role,
-    Stage,
-    read_classifier_stage,
-    read_prompt_keys,
-    read_stage,
-    require_same_base,
-)
-from hcrlhf.text import ChatFormat, TextEncoder, load_tokenizer
 
 GIB = 2**30
 # Beside PyTorch's allocator, which is what is foretold: CUDA's context, cuBLAS and kernels, and
 # memory that the allocator holds in pieces that fit nothing. An allowance, not a measurement.
 ALLOWANCE = 0.75 * GIB
 TOO_LARGE, FITS = 2, 0
-INNER: tuple[Role, ...] = ("reward", "cost")
-ENCODED = 1000  # of a stage's examples, to see whether they suit it: all of them would take minutes
 
-Config = Mapping[str, Any]
 Parse = Callable[[Sequence[str]], Config]
-
-
-@dataclass(frozen=True)
-class Base:
-    """What the supervised stage settles for all that follow."""
-
-    source: BackboneSource
-    chat: ChatFormat
-    lora: LoraOptions | None  # of its adapter; None where it trained the whole model
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One check: what was looked at, whether it is well, and what was seen.
-
-    Attributes:
-        good: None where `fit` does not mind, or will not once an earlier stage has been run.
-    """
-
-    name: str
-    good: bool | None
-    seen: str
-
-
-MARKS = {True: "ok  ", False: "NOT ", None: "note"}
 
 
 # -- from a config to sizes ------------------------------------------------------------------------
@@ -89,69 +37,6 @@ def _test_rows(callbacks: Sequence[Config], most: int | None) -> int:
     return min(max(rows, default=0), most or max(rows, default=0))
 
 
-def base_of(config: Config, sft: Config | None) -> Base:
-    """
-    Args:
-        config: of the stage in question. sft: of the supervised stage, where it has not been run.
-
-    Raises:
-        InputError: neither the supervised folder nor its config is there.
-    """
-    model = config["model"]["init_args"]
-    if kind(config) == "Supervised":
-        source = BackboneSource(
-            model["model"], model["quantization"], model["dtype"], model["revision"]
-        )
-        return Base(source, ChatFormat(**model["chat"]), _lora(model["lora"]))
-    folder = model["sft"]
-    if (Path(folder) / STAGE_FILE).is_file():
-        stage = read_stage(folder, "sft", "sft")
-        lora = None
-        if stage.adapter:
-            record = json.loads((Path(folder) / "adapter_config.json").read_text())
-            lora = LoraOptions(record["r"], record["lora_alpha"], record["target_modules"])
-        source = stage.backbone
-        if kind(config) == "Policy" and not stage.adapter:
-            # A fully tuned model may be quantised afterwards, as reward and cost model have it.
-            stages, _ = _stages(config)
-            for role in INNER:
-                if isinstance(own := stages.get(role), Stage):
-                    kept = own.backbone
-                    source = replace(source, quantization=kept.quantization, dtype=kept.dtype)
-                    break
-        base = Base(source, stage.chat, lora)
-    elif sft is not None:
-        base = base_of(sft, None)
-    else:
-        raise InputError(
-            f"sft: {folder} holds no {STAGE_FILE} yet, so its base model is not known; add --sft "
-            "CONFIG.yaml, the config of the supervised stage"
-        )
-    changes = {
-        name: model[name] for name in ("quantization", "dtype") if model.get(name) is not None
-    }
-    return replace(base, source=replace(base.source, **changes))
-
-
-def _lora(options: Mapping[str, Any] | None) -> LoraOptions | None:
-    return None if options is None else LoraOptions(**options)
-
-
-def kind(config: Config) -> str:
-    """Supervised, Preference or Policy.
-
-    Raises:
-        InputError: another class, whose memory is not foretold.
-    """
-    name = str(config["model"]["class_path"]).rpartition(".")[2]
-    if name not in ("Supervised", "Preference", "Policy"):
-        raise InputError(
-            f"the memory of {name} is not foretold; expected lightning_modules.Supervised, "
-            "Preference or Policy"
-        )
-    return name
-
-
 def sizes_of(config: Config, base: Base) -> Sizes:
     """What the memory of this stage depends on."""
     model, data, trainer = (
@@ -159,7 +44,7 @@ def sizes_of(config: Config, base: Base) -> Sizes:
         config["data"]["init_args"],
         config["trainer"],
     )
-    lora = base.lora or _lora(model.get("lora"))
+    lora = base.lora or lora_of(model.get("lora"))
     if lora is None and kind(config) != "Supervised":
         lora = LoraOptions()  # only the supervised stage can train a whole model
     on_cpu = trainer.get("accelerator") == "cpu"
@@ -327,270 +212,6 @@ def _largest(told: Footprint) -> str:
 def _changes(sizes: Sizes, smaller: Sizes) -> dict[str, Any]:
     pairs = ((f.name, getattr(sizes, f.name), getattr(smaller, f.name)) for f in fields(sizes))
     return {name: new for name, old, new in pairs if new != old}
-
-
-# -- checks beside memory --------------------------------------------------------------------------
-
-
-def checks(config: Config, base: Base) -> list[Finding]:
-    """Tokenizer, earlier stages, data and the limits, as far as they can be looked at from here."""
-    encoder, found = _tokenizer(base)
-    stages, of_stages = _stages(config)
-    found += [*of_stages, *_one_base(stages, base)]
-    if kind(config) != "Policy":
-        return [*found, _examples(config, encoder)]
-    prompts, finding = _prompts(config)
-    found.append(finding)
-    look = None if prompts is None else len(_fitting(prompts.validation_prompts, encoder))
-    try:
-        cost = stages.get("cost")  # a model of its own may be given another range by the config
-        constraints = granted(config, cost if isinstance(cost, Stage) else None)
-        found += _reach(constraints, None if look is None else min(look, LOOK))
-        if prompts is not None:
-            _require_safety_prompts(config, prompts, encoder, constraints)
-    except InputError as error:
-        found.append(Finding("safety test", False, str(error)))
-    return found
-
-
-def _tokenizer(base: Base) -> tuple[TextEncoder | None, list[Finding]]:
-    try:
-        encoder = TextEncoder(load_tokenizer(base.source.model, base.source.revision), base.chat)
-        length = len(encoder.prompt_ids(({"role": "user", "content": "How are you?"},)))
-    except InputError as error:
-        return None, [Finding("tokenizer", False, str(error))]
-    own = "its own template" if encoder.tokenizer.chat_template else "the plain template"
-    template = "the template of chat.chat_template" if base.chat.chat_template else own
-    seen = (
-        f"{template}; a response ends with {_named(encoder, encoder.stop_ids)}, padding is "
-        f"{_named(encoder, [encoder.pad_id])}; 'How are you?' takes {length} tokens"
-    )
-    found = [Finding("tokenizer", True, seen)]
-    if others := sorted(_own_stops(base.source) - set(encoder.stop_ids)):
-        seen = (
-            f"the model's own generation_config.json also ends answers with "
-            f"{_named(encoder, others)} (eos_token_id {', '.join(map(str, others))}), after which "
-            "a response would go on here; add it to chat.stop_tokens of the supervised stage"
-        )
-        found.append(Finding("stop tokens", None, seen))
-    return encoder, found
-
-
-def _named(encoder: TextEncoder, ids: Sequence[int]) -> str:
-    return " or ".join(map(repr, encoder.tokenizer.convert_ids_to_tokens(ids)))
-
-
-def _own_stops(source: BackboneSource) -> set[int]:
-    """What a model ends its answers with by its generation_config.json, where it has one."""
-    from transformers import GenerationConfig
-
-    try:
-        ids = GenerationConfig.from_pretrained(
-            source.model, revision=source.revision or "main"
-        ).eos_token_id
-    except (OSError, ValueError):
-        return set()
-    return {ids} if isinstance(ids, int) else set(ids or ())
-
-
-# -- earlier stages --------------------------------------------------------------------------------
-
-
-def _folders(config: Config) -> dict[Role, str]:
-    """Of each role that this config names its folder; a scorer's where it is a model of its own."""
-    model, roles = config["model"]["init_args"], ("sft", *INNER)
-    named: dict[Role, Any] = {role: model.get(role) for role in roles}
-    for role, value in named.items():
-        if isinstance(value, Mapping):
-            named[role] = (value.get("init_args") or {}).get("model")
-    return {role: folder for role, folder in named.items() if isinstance(folder, str)}
-
-
-def _stages(config: Config) -> tuple[dict[Role, Stage | ClassifierStage], list[Finding]]:
-    """The earlier stages that are there, each in its place; and what is to be said of others."""
-    model = config["model"]["init_args"]
-    stages: dict[Role, Stage | ClassifierStage] = {}
-    found = []
-    for role, folder in _folders(config).items():
-        read = read_stage if isinstance(model[role], str) else read_classifier_stage
-        try:
-            if (stage := read(folder, role, role)) is not None:
-                stages[role] = stage
-        except InputError as error:
-            there = (Path(folder) / STAGE_FILE).is_file()
-            seen = str(error) if there else f"{error}; until then fit refuses"
-            found.append(Finding("stages", False if there else None, seen))
-    return stages, found
-
-
-def _one_base(stages: Mapping[Role, Stage | ClassifierStage], base: Base) -> list[Finding]:
-    """Whether the stages that share a backbone share one."""
-    shared: dict[str, Stage] = {r: stage for r, stage in stages.items() if isinstance(stage, Stage)}
-    if not shared:
-        return []
-    if "sft" in shared:  # quantised afterwards, perhaps
-        shared["sft"] = replace(shared["sft"], backbone=base.source)
-    try:
-        require_same_base(shared)
-    except InputError as error:
-        return [Finding("stages", False, str(error))]
-    return [Finding("stages", True, f"{', '.join(shared)}: finished, on the same base model")]
-
-
-# -- data and limits -------------------------------------------------------------------------------
-
-
-def _of_hub(described: Config, *keys: str) -> str | None:
-    """Of the first that is no file but an id of the hub, what is said: nothing is downloaded."""
-    for key in keys:
-        path = Path(described["init_args"].get(key) or "")
-        known = path.is_absolute() or {suffix[1:] for suffix in path.suffixes} & FORMATS.keys()
-        if not (known or path.exists()):
-            return f"{path}: no file here, so a data set id of the hub (not looked up)"
-    return None
-
-
-def _examples(config: Config, encoder: TextEncoder | None) -> Finding:
-    """The examples of a supervised, reward or cost stage, as `fit` reads and encodes them."""
-    if (hub := _of_hub(config["data"], "path", "validation")) is not None:
-        return Finding("data", True, hub)
-    try:
-        module, data = built(config["model"]), built(config["data"])
-        data.trainer = SimpleNamespace(lightning_module=module)  # all that is asked of it
-        data.setup("fit")
-        parts = {name: getattr(data, name, []) for name in ("training", "validation")}
-        if encoder is not None:
-            module.encoder = encoder
-            for name, examples in parts.items():
-                setattr(data, name, examples[:ENCODED])
-            data.train_dataloader()
-            data.val_dataloader()
-    except InputError as error:
-        return Finding("data", False, str(error))
-    counts = " and ".join(f"{len(examples)} {name}" for name, examples in parts.items())
-    return Finding("data", True, f"{counts} examples in {config['data']['init_args'].get('path')}")
-
-
-def _prompts(config: Config) -> tuple[Any, Finding]:
-    """The data module of a policy, where its files can be read, and what is said of it."""
-    files = ("train", "validation", "safety", "evaluation", "demonstrations")
-    if (hub := _of_hub(config["data"], *files)) is not None:
-        return None, Finding("prompts", True, hub)
-    folders = _folders(config)
-    try:
-        prompts = built(config["data"])
-        prompts.setup("fit")
-        if not isinstance(prompts, HoldsSafetyPrompts):
-            raise InputError(
-                f"a policy is trained on prompts, and {type(prompts).__name__} holds none; set "
-                "data.class_path to datamodules.Prompts"
-            )
-        safety = [prompt.key for prompt in prompts.safety_prompts or ()]
-        for role, folder in folders.items():
-            require_disjoint(safety, read_prompt_keys(folder), "safety", f"the {role} stage's")
-    except InputError as error:
-        return None, Finding("prompts", False, str(error))
-    seen = ", ".join(f"{len(x)} {name}" for name, x in getattr(prompts, "prompts", {}).items())
-    if safety:
-        seen += "; the safety prompts are in no other file"
-        if known := [r for r, folder in folders.items() if (Path(folder) / PROMPTS_FILE).is_file()]:
-            seen += f", nor among what {', '.join(known)} learnt from"
-    return prompts, Finding("prompts", True, seen)
-
-
-def _fitting(prompts: Sequence[Prompt], encoder: TextEncoder | None) -> list[str]:
-    """Keys of the prompts that are not too long, as far as that is known."""
-    return [
-        p.key for p in prompts if encoder is None or encoder.encode(p.messages, None) is not None
-    ]
-
-
-def _require_safety_prompts(
-    config: Config, prompts: Any, encoder: TextEncoder | None, constraints: Sequence[Constraint]
-) -> None:
-    """
-    Raises:
-        InputError: a safety test that has no file, or too few prompts that no test has used.
-    """
-    if (gate := _gate(config)) is None:
-        return
-    if prompts.safety_prompts is None:
-        raise InputError(
-            "SafetyTest needs data.init_args.safety, a file of prompts that nothing else uses"
-        )
-    pool = _fitting(prompts.safety_prompts, encoder)
-    gate.require_fresh(Population(pool), constraints[0].safety_prompts)
-
-
-def built(described: Mapping[str, Any]) -> Any:
-    """The object of a class_path with init_args."""
-    module, _, name = described["class_path"].rpartition(".")
-    return getattr(import_module(module), name)(**(described.get("init_args") or {}))
-
-
-def granted(config: Config, cost: Stage | None = None) -> tuple[Constraint, ...]:
-    """The constraints of a policy's config, with the δ that its safety test would be granted now.
-
-    Args:
-        cost: stage of the cost model, which knows the range of its costs; None: not known yet.
-
-    Raises:
-        InputError: they cannot be judged, or nothing is left of δ.
-    """
-    constraints = constraints_of(config)
-    if cost is not None:
-        within = squash_range(cost.squash)
-        constraints = [(c.with_range(*within) if within else c).ready() for c in constraints]
-    gate = _gate(config)
-    return tuple(constraints) if gate is None else gate.grant(constraints)
-
-
-def _gate(config: Config) -> Gate | None:
-    """The gate of the config's safety test; None without one."""
-    for callback in config["trainer"].get("callbacks") or []:
-        if callback["class_path"].rpartition(".")[2] == "SafetyTest":
-            options = dict(callback.get("init_args") or {})
-            known = ("ledger", "schedule", "sequential", "continues")
-            given = {name: options[name] for name in known if name in options}
-            return Gate.configured(Path(config["trainer"]["default_root_dir"]), **given)
-    return None
-
-
-def constraints_of(config: Config) -> list[Constraint]:
-    plain = [dict(c) for c in config["model"]["init_args"]["constraints"]]
-    for options in plain:
-        if (bound := options.get("bound")) is not None:
-            options["bound"] = built(bound)
-        if isinstance(pessimism := options.get("pessimism"), Mapping):
-            options["pessimism"] = PaperPessimism(**pessimism)
-    return [Constraint(**options) for options in plain]
-
-
-def _reach(constraints: Sequence[Constraint], validation: int | None) -> list[Finding]:
-    """What training has to reach so that the test is likely to be passed.
-
-    Args:
-        validation: prompts that a candidate is looked at on.
-    """
-    found = []
-    for constraint in constraints:
-        n, good = constraint.safety_prompts, True
-        if constraint.estimand == "harm_rate":
-            target = constraint.training_target(len(constraints), validation)
-            good = target * n >= 1
-            tail = f"{target:{'.3f' if good else '.2g'}} for a limit of {constraint.threshold:g}"
-            if not good:
-                tail += (
-                    f": less than one harmful response in {n}, which training can neither see nor "
-                    "aim at; give more safety_prompts or a higher threshold (hcrlhf power says how "
-                    "likely a rate is to pass)"
-                )
-        else:
-            margin = constraint.training_pessimism(len(constraints), None, validation)
-            tail = f"about {margin:.2f} standard deviations below {constraint.threshold:g}"
-        head = f"to pass on {n} prompts training aims at "
-        found.append(Finding(constraint.label, good, head + tail))
-    return found
 
 
 # -- the command -----------------------------------------------------------------------------------

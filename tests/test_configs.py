@@ -64,9 +64,10 @@ def foretold(shape: str, model: str, *files: str) -> int:
     """Peak bytes of a stage in 4 bits, of a model of which only the shape is needed."""
     from benchmarks.gpu import configuration
     from hcrlhf import doctor
+    from hcrlhf.configured import base_of
     from hcrlhf.footprint import footprint
 
-    sizes = doctor.sizes_of(large(*files), doctor.base_of(large(*files), large("large/sft", model)))
+    sizes = doctor.sizes_of(large(*files), base_of(large(*files), large("large/sft", model)))
     assert (sizes.quantization, sizes.mixed, sizes.checkpointing) == ("nf4", True, True)
     assert sizes.width == 512
     return footprint(configuration(shape), sizes).peak

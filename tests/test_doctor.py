@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from transformers import AutoConfig
 
-from hcrlhf import doctor
+from hcrlhf import checks, doctor
 from hcrlhf.backbone import LoraOptions
+from hcrlhf.configured import base_of
 from hcrlhf.doctor import best_remedies, remedies, shares, suffice
 from hcrlhf.examples import prompt_key, user_turn
 from hcrlhf.footprint import Footprint, Sizes, footprint
@@ -69,8 +70,8 @@ class Run:
             text = value if isinstance(value, str) else json.dumps(value)
             arguments.append(f"--{key}={text}")
         parsed = parse(arguments)
-        found = doctor.checks(parsed, doctor.base_of(parsed, None))
-        return [f"{doctor.MARKS[x.good]} {x.name}: {x.seen}" for x in found]
+        found = checks.checks(parsed, base_of(parsed, None))
+        return [f"{checks.MARKS[x.good]} {x.name}: {x.seen}" for x in found]
 
     def policy(self, **limit: Any) -> list[str]:
         limit = {"estimand": "mean", "threshold": 1.0, "safety_prompts": 40} | limit

@@ -10,6 +10,7 @@ import torch
 from hcrlhf import backbone, doctor, machine
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.cli import main
+from hcrlhf.configured import base_of
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Sizes, footprint
 from hcrlhf.stages import BackboneSource
@@ -176,7 +177,7 @@ def test_a_card_that_is_too_small(model_folder: Path, tmp_path: Path) -> None:
 
     arguments = ["--config", str(ROOT / "configs/demo/sft.yaml")]
     config = parse([*arguments, "--model.init_args.model", str(model_folder)])
-    base = doctor.base_of(config, None)
+    base = base_of(config, None)
     own = machine.model_config(base.source)
     told = doctor.footprint(own, doctor.sizes_of(config, base))
     assert doctor.require_card(config, told.peak + int(doctor.ALLOWANCE) + 1) is None
