@@ -468,6 +468,32 @@ def test_a_stage_that_breaks_off_ends_as_the_unbroken_one(
     assert ours["metrics"] == theirs["metrics"] and ours.get("moments") == theirs.get("moments")
 
 
+@pytest.mark.parametrize(("name", "lora"), [("sft", "{r: 4, alpha: 8}"), ("cost", None)])
+def test_a_4_bit_stage_that_breaks_off_ends_as_the_unbroken_one(
+    stages: Path, tmp_path: Path, name: str, lora: str | None
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from lightning_modules import Preference, Supervised
+
+    large = ["--model.init_args.quantization", "nf4", "--model.init_args.dtype", "bfloat16"]
+    large += ["--model.init_args.gradient_checkpointing", "true"]
+    large += ["--trainer.precision", "bf16-mixed", *TWICE]
+    large += ["--model.init_args.lora", lora] if lora else []
+    whole, root = tmp_path / "whole", tmp_path / "broken"
+    assert fit_stage(stages, name, whole, *large) == PASSED
+    with broken(Supervised if name == "sft" else Preference, "training_step", 8):
+        fit_stage(stages, name, root, *large)
+    assert not (root / "hcrlhf.json").exists()
+    assert fit_stage(stages, name, root, *large, "--ckpt_path", "last") == PASSED
+    same = [
+        (root / file).read_bytes() == (whole / file).read_bytes()
+        for file in ("adapter_model.safetensors", "training_prompts.txt")
+    ]
+    assert same == [True, True]
+    theirs, ours = read(whole / "hcrlhf.json"), read(root / "hcrlhf.json")
+    assert ours["metrics"] == theirs["metrics"] and ours.get("moments") == theirs.get("moments")
+
+
 EVERY = [{"class_path": "callbacks.Checkpoint", "init_args": {"every_n_updates": 2}}]
 TWICE = [
     f"--trainer.callbacks={json.dumps(EVERY)}",
