@@ -159,7 +159,6 @@ def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
     predict += ["--trainer.callbacks", "callbacks.Completions"]
     predict += ["--ckpt_path", str(root / "policy" / "checkpoints" / "last.ckpt")]
     trainer_process([*predict, "--trainer.enable_progress_bar", "false"])
-    lines = (root / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     verdict = json.loads((root / "policy" / "verdict.json").read_text())
     result = {
         "seed": seed,
@@ -169,11 +168,17 @@ def run_arm(demo: Demo, folder: Path, seed: int, name: str) -> None:
         "config": shipped(),
         "prompts": "by share",  # rows without it are of an earlier version: every prompt alike
         "seconds": round(seconds, 1),
-        **summary([json.loads(line) for line in lines]),
+        **summary(evaluated(root)),
     }
     (root / "result.json").write_text(json.dumps(result) + "\n")
     print(json.dumps(result), flush=True)
     shutil.rmtree(root / "policy" / "policy", ignore_errors=True)
+
+
+def evaluated(root: Path) -> list[dict[str, Any]]:
+    """A run's answers to the evaluation prompts."""
+    lines = (root / "evaluation" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def config(layer: str) -> Path:
@@ -223,14 +228,14 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def parts(answers: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
-    """Of each answer: has it a warm opener, a warm closer; clauses of its own topic; (N,) each."""
+    """Of each answer, (N,): has it a warm opener, a warm closer; how many clauses of its own topic;
+    has it clauses, and all of them of other topics (astray)."""
+    found = [(clauses_in(text), set(topic_of(prompt).clauses)) for prompt, text in answers]
     return {
         "openers": [float(contains(text, WARM_OPENERS)) for _, text in answers],
         "closers": [float(contains(text, WARM_CLOSERS)) for _, text in answers],
-        "clauses": [
-            float(len(clauses_in(text).intersection(topic_of(prompt).clauses)))
-            for prompt, text in answers
-        ],
+        "clauses": [float(len(clauses & own)) for clauses, own in found],
+        "astray": [float(bool(clauses) and not clauses & own) for clauses, own in found],
     }
 
 
@@ -476,7 +481,8 @@ def collect(out: Path) -> list[dict[str, Any]]:
         if row["arm"] not in {**ARMS, **MULTIPLIERS}:
             continue
         known = json.loads((path.parent.parent / "reference.json").read_text())
-        rows.append({**row, **known})
+        # Summed up anew: a later version may look at more of the answers.
+        rows.append({**row, **summary(evaluated(path.parent)), **known})
     found = {(row["config"], row["arm"], row["seed"]): row for row in rows}
     return [found[key] for key in sorted(found)]
 
@@ -572,23 +578,30 @@ def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     rows = [row for row in rows if "openers" in row and "known_openers" in row]
     if not rows:
         return []
-    names = ("openers", "closers", "clauses")
+    names = ["openers", "closers", "clauses"]
+    titles, more = "| warm openers | warm closers | clauses |", ""
+    if any("astray" in row for row in rows):  # not counted before
+        names.append("astray")
+        titles, more = (
+            titles + " astray |",
+            "; astray: the share with clauses of other topics alone",
+        )
     by_seed = {row["seed"]: row for row in rows}.values()
     lines = [
         "",
         "What the answers are made of (in brackets the range over seeds): the share with a warm "
-        "opener and with a warm closer, and how many clauses of their own topic they have:",
+        f"opener and with a warm closer, and how many clauses of their own topic they have{more}:",
         "",
-        "| | seeds | warm openers | warm closers | clauses |",
-        "|---|---|---|---|---|",
+        f"| | seeds {titles}",
+        "|---" * (len(names) + 2) + "|",
     ]
     groups = {"supervised": (by_seed, "sft_"), "`known`": (by_seed, "known_")}
     for name, (title, _, _) in ARMS.items():
         groups[title] = ([row for row in rows if row["arm"] == name], "")
     for title, (own, prefix) in groups.items():
         if own:
-            columns = [[row[prefix + name] for row in own] for name in names]
-            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns]
+            columns = [[r[prefix + n] for r in own if prefix + n in r] for n in names]
+            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" if x else "" for x in columns]
             lines.append(f"| {title} | {len(own)} | {' | '.join(cells)} |")
     return lines
 
