@@ -481,8 +481,10 @@ def collect(out: Path) -> list[dict[str, Any]]:
         if row["arm"] not in {**ARMS, **MULTIPLIERS}:
             continue
         known = json.loads((path.parent.parent / "reference.json").read_text())
-        # Summed up anew: a later version may look at more of the answers.
-        rows.append({**row, **summary(evaluated(path.parent)), **known})
+        # Summed up anew: a later version may look at more of the answers. Not where prompts were
+        # counted alike, as `summary` no longer does.
+        anew = summary(evaluated(path.parent)) if "prompts" in row else {}
+        rows.append({**row, **anew, **known})
     found = {(row["config"], row["arm"], row["seed"]): row for row in rows}
     return [found[key] for key in sorted(found)]
 
