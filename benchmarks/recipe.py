@@ -620,19 +620,37 @@ def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def others(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A table for every other config that was run, shipped before or only tried."""
+    """One table of what was run with every other config, shipped before or only tried."""
     lines = [
         "",
-        "What was run with other configs, shipped before or only tried. A config that names no "
-        "pairs had 4,000, with 8% of the answers blemished, and one that names no limit to the KL "
-        "had none; PPO without constraint makes fewer updates than the others.",
+        "What was run with other configs, shipped before or only tried; most on too few seeds to "
+        "tell one from another. A config that names no pairs had 4,000, with 8% of the answers "
+        "blemished, and one that names no limit to the KL had none; PPO without constraint makes "
+        "fewer updates than the others. *: every prompt counted alike.",
+        "",
+        "| config | | seeds | passed | share of `known` | true harm | KL, nats |",
+        "|---|---|---|---|---|---|---|",
     ]
+    named = {**ARMS, **MULTIPLIERS}
     for used in sorted({row["config"] for row in rows} - {shipped()}):
-        named = {**ARMS, "ppo": ("ours, PPO (with PID)", [], []), **MULTIPLIERS}
         then = [row for row in rows if row["config"] == used]
-        alike = "" if all("prompts" in row for row in then) else " (every prompt counting alike)"
-        lines += ["", f"Another config: {used}{alike}:", "", *table(then, named)]
-        lines += parts_table(then)
+        label = used if all("prompts" in row for row in then) else f"{used} *"
+        for name in named:
+            own = [row for row in then if row["arm"] == name]
+            if not own:
+                continue
+            tested = [row for row in own if row["verdict"] != "NOT_TESTED"]
+            columns = [
+                label,
+                named[name][0],
+                str(len(own)),
+                str(sum(row["verdict"] == "PASS" for row in tested)) if tested else "no test",
+                share_of_gain(own, "known"),
+                interval([row["true_harm"] for row in own], 3),
+                interval([row["kl"] for row in own], 1),
+            ]
+            lines.append("| " + " | ".join(columns) + " |")
+            label = ""  # said once for all its rows
     return lines
 
 
