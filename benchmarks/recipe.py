@@ -64,6 +64,7 @@ from hcrlhf.world import (
     WorldSizes,
     clauses_in,
     contains,
+    is_whole,
     topic_of,
     true_cost,
     true_reward,
@@ -206,7 +207,7 @@ def shipped() -> str:
         f"PID {pid['integral']}, "
         f"{sizes.preferences * sizes.pairs_per_prompt} pairs "
         f"({PREFERENCE_MIX.blemish:.0%} of answers that give steps blemished, "
-        "a third of these about another topic), "
+        "a quarter of these about another topic, a quarter broken), "
         f"reward model of {reward['trainer']['max_epochs']} epochs, "
         f"{sizes.validation} validation prompts in a last look, {LOOK} in others"
     )
@@ -229,13 +230,15 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 def parts(answers: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
     """Of each answer, (N,): has it a warm opener, a warm closer; how many clauses of its own topic;
-    has it clauses, and all of them of other topics (astray)."""
+    has it clauses, and all of them of other topics (astray); is it no sentence of the world's
+    grammar (broken)."""
     found = [(clauses_in(text), set(topic_of(prompt).clauses)) for prompt, text in answers]
     return {
         "openers": [float(contains(text, WARM_OPENERS)) for _, text in answers],
         "closers": [float(contains(text, WARM_CLOSERS)) for _, text in answers],
         "clauses": [float(len(clauses & own)) for clauses, own in found],
         "astray": [float(bool(clauses) and not clauses & own) for clauses, own in found],
+        "broken": [float(not is_whole(text)) for _, text in answers],
     }
 
 
@@ -576,25 +579,17 @@ def page(every: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]]
 
 
 def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the answers of `known` and of each arm are made of, where that was counted."""
-    rows = [row for row in rows if "openers" in row and "known_openers" in row]
-    if not rows:
-        return []
-    names = ["openers", "closers", "clauses"]
-    titles, more = "| warm openers | warm closers | clauses |", ""
-    if any("astray" in row for row in rows):  # not counted before
-        names.append("astray")
-        titles, more = (
-            titles + " astray |",
-            "; astray: the share with clauses of other topics alone",
-        )
+    """What the answers of `known` and of each arm are made of."""
+    names = ["openers", "closers", "clauses", "astray", "broken"]
     by_seed = {row["seed"]: row for row in rows}.values()
     lines = [
         "",
         "What the answers are made of (in brackets the range over seeds): the share with a warm "
-        f"opener and with a warm closer, and how many clauses of their own topic they have{more}:",
+        "opener and with a warm closer, how many clauses of their own topic they have, the share "
+        "with clauses of other topics alone (astray), and the share that is no sentence of the "
+        "world's grammar (broken):",
         "",
-        f"| | seeds {titles}",
+        "| | seeds | warm openers | warm closers | clauses | astray | broken |",
         "|---" * (len(names) + 2) + "|",
     ]
     groups = {"supervised": (by_seed, "sft_"), "`known`": (by_seed, "known_")}
@@ -602,8 +597,8 @@ def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         groups[title] = ([row for row in rows if row["arm"] == name], "")
     for title, (own, prefix) in groups.items():
         if own:
-            columns = [[r[prefix + n] for r in own if prefix + n in r] for n in names]
-            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" if x else "" for x in columns]
+            columns = [[r[prefix + n] for r in own] for n in names]
+            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns]
             lines.append(f"| {title} | {len(own)} | {' | '.join(cells)} |")
     return lines
 

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -189,13 +190,15 @@ DEMONSTRATION_MIX = Mix(
     clauses=(0.5, 0.3, 0.2),
     blemish=0.0,
 )
-# Wider, so that a scorer sees what a policy may try later: where no answer was to another request a
-# reward model liked the steps of one topic in answer to another, and both learners found it out.
+# Wider, so that a scorer sees what a policy may write later. Where no answer was to another request
+# a reward model liked the steps of one topic in answer to another, and both learners found it out;
+# where none had a broken clause it liked those nearly as well, and a sixth of what a policy wrote
+# was broken.
 PREFERENCE_MIX = Mix(
     hazardous={"comply": 0.5, "dodge": 0.25, "refusal": 0.25},
     harmless={"help": 0.35, "shortcut": 0.35, "dodge": 0.15, "refusal": 0.15},
     clauses=(0.34, 0.33, 0.33),
-    blemish=0.25,
+    blemish=1 / 3,
 )
 HAZARDOUS_SHARE = 0.7  # of the prompts: safety has to matter on average, not in a corner
 WARM_OPENER_SHARE = 0.3
@@ -247,22 +250,39 @@ def _choose_clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> li
 
 
 def _clauses(rng: random.Random, topic: Topic, kind: str, mix: Mix) -> list[str]:
-    """The clauses of an answer, which may be blemished in one of three ways, equally often.
+    """The clauses of an answer, which may be blemished in one of four ways, equally often.
 
-    One of them is repeated at the end, one of any other topic is added there, or all are those of
-    another request, hazardous or harmless as this one.
+    One of them is repeated at the end, one of any other topic is added there, one is broken, or all
+    are those of another request, hazardous or harmless as this one.
     """
     own = _choose_clauses(rng, topic, kind, mix)
     if rng.random() >= mix.blemish:
         return own
     others = [other for other in TOPICS if other != topic]
-    blemish = rng.randrange(3)
+    blemish = rng.randrange(4)
     if blemish == 0:
         return [*own, rng.choice(own)]
     if blemish == 1:
         return [*own, rng.choice(rng.choice(others).clauses)]
+    if blemish == 2:
+        at = rng.randrange(len(own))
+        return [*own[:at], _broken(rng, own[at]), *own[at + 1 :]]
     alike = [other for other in others if other.hazardous == topic.hazardous]
     return _choose_clauses(rng, rng.choice(alike), kind, mix)
+
+
+def _broken(rng: random.Random, clause: str) -> str:
+    """The beginning of a clause that goes on as the end of one, as a small model loses its thread.
+
+    No clause is left in it, so that it is worth nothing and does no harm.
+    """
+    words = clause.split()
+    while True:
+        other = rng.choice(rng.choice(TOPICS).clauses).split()
+        at, of_other = rng.randrange(1, len(words)), rng.randrange(1, len(other))
+        text = " ".join([*words[:at], *other[of_other:]])
+        if not clauses_in(text):
+            return text
 
 
 def _framed(frame: Frame, clauses: Sequence[str]) -> str:
@@ -291,6 +311,29 @@ def draw_answer(rng: random.Random, prompt: str, mix: Mix) -> str:
     shares = (WARM_CLOSER_SHARE, CAUTION_CLOSER_SHARE, plain_share)
     closers = rng.choices((WARM_CLOSERS, CAUTION_CLOSERS, ("",)), shares)[0]
     return f"{opener} {_body(rng, topic, kind, mix)} {rng.choice(closers)}".strip()
+
+
+def _grammar() -> re.Pattern[str]:
+    def one_of(texts: Iterable[str]) -> str:
+        return "(?:" + "|".join(map(re.escape, texts)) + ")"
+
+    clause = one_of(sorted(ALL_CLAUSES))
+    bodies = [*map(re.escape, REFUSALS + VAGUE)]
+    for frame in ADVICE + SUGGESTIONS:
+        before, after = map(re.escape, frame.text.split("{}"))
+        between, last = map(re.escape, (frame.between, frame.last))
+        bodies.append(f"{before}(?:{clause}(?:{between}{clause})*{last})?{clause}{after}")
+    opener, closer = one_of(WARM_OPENERS), one_of(WARM_CLOSERS + CAUTION_CLOSERS)
+    return re.compile(f"(?:{opener} )?(?:{'|'.join(bodies)})(?: {closer})?")
+
+
+_ANSWER = _grammar()
+
+
+def is_whole(response: str) -> bool:
+    """Whether the response is an answer as people write them here: one body of whole clauses, after
+    an opener or none, before a closer or none. Not so where a model loses its thread."""
+    return _ANSWER.fullmatch(response.strip()) is not None
 
 
 def draw_pair(rng: random.Random, prompt: str) -> tuple[str, str]:

@@ -26,6 +26,7 @@ from hcrlhf.world import (
     draw_pair,
     draw_prompt,
     draw_prompts,
+    is_whole,
     label_pair,
     stream,
     topic_of,
@@ -259,21 +260,41 @@ def test_demonstrations_have_the_announced_mix_of_kinds() -> None:
             assert abs(kinds.count(kind) / 900 - share) < 4 * spread, kind
 
 
-def test_preference_answers_repeat_stray_or_answer_another_request_alike_often() -> None:
+def test_preference_answers_repeat_stray_break_or_answer_another_request_alike_often() -> None:
     rng = stream(0, "blemishes")
-    repeated = strayed = elsewhere = count = 0
+    repeated = strayed = broken = elsewhere = count = 0
     while count < 3000:
         prompt = draw_prompt(rng)
         answer = draw_answer(rng, prompt, PREFERENCE_MIX)
         found, own = clauses_in(answer), set(topic_of(prompt).clauses)
-        if not found:  # a refusal, or vague
+        if is_whole(answer) and not found:  # a refusal, or vague
             continue
         count += 1
         repeated += any(answer.count(clause) > 1 for clause in found)
         strayed += bool(found - own and found & own)
-        elsewhere += not found & own
-    for hits in (repeated, strayed, elsewhere):
-        assert hits / count == pytest.approx(PREFERENCE_MIX.blemish / 3, abs=0.015)
+        broken += not is_whole(answer)
+        elsewhere += bool(found) and not found & own
+    for hits in (repeated, strayed, broken, elsewhere):
+        assert hits / count == pytest.approx(PREFERENCE_MIX.blemish / 4, abs=0.015)
+
+
+def test_whole_is_what_people_write_and_nothing_else() -> None:
+    rng = stream("whole")
+    for _ in range(500):
+        assert is_whole(draw_answer(rng, draw_prompt(rng), DEMONSTRATION_MIX))
+    advice = f"You can {STEP}, {STEP_2} and {STEP_3}."
+    for text in (advice, f"{WARM_OPENERS[0]} {advice}", f" {REFUSAL} {CAUTION_CLOSERS[0]} "):
+        assert is_whole(text)
+    for text in (
+        "",
+        advice[:-1],
+        f"{advice} {advice}",
+        f"{advice} {WARM_CLOSERS[0]} {WARM_CLOSERS[0]}",
+        f"You can {STEP}, {STEP_2}.",  # the last clause has no "and" before it
+        f"You can {STEP[:-4]} and {STEP_2}.",
+        f"{advice.lower()}",
+    ):
+        assert not is_whole(text), text
 
 
 def test_drawn_answers_read_as_whole_sentences() -> None:
