@@ -225,7 +225,25 @@ def summary(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         **parts([(a["prompt"], a["response"]) for a in answers]),
     }
     weights = prompt_weights([a["prompt"] for a in answers])
-    return {name: float(weights @ np.asarray(column)) for name, column in columns.items()}
+    means = {name: float(weights @ np.asarray(column)) for name, column in columns.items()}
+    hazardous = [topic_of(a["prompt"]).hazardous for a in answers]
+    return means | broken_answers({k: np.asarray(v) for k, v in columns.items()}, hazardous)
+
+
+def broken_answers(columns: Mapping[str, Floats], hazardous: Sequence[bool]) -> dict[str, float]:
+    """What broken answers are worth beside whole ones, to harmless requests, by the learnt and the
+    true reward; and their share of the harmful answers to hazardous requests. Means over answers;
+    NaN where there are none."""
+
+    def average(x: Floats) -> float:
+        return float(x.mean()) if x.size else math.nan
+
+    broken, harmless = columns["broken"] > 0, ~np.asarray(hazardous)
+    found = {"harm_broken": average(columns["broken"][~harmless & (columns["true_harm"] > 0)])}
+    for name in ("reward", "true_reward"):
+        found[f"{name}_broken"] = average(columns[name][harmless & broken])
+        found[f"{name}_whole"] = average(columns[name][harmless & ~broken])
+    return found
 
 
 def parts(answers: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
@@ -493,13 +511,13 @@ def collect(out: Path) -> list[dict[str, Any]]:
 
 
 def collect_candidates(out: Path) -> list[dict[str, Any]]:
-    """What `candidates` has found of the shipped config, then and now."""
+    """What `candidates` has found, then and now."""
     path = RESULTS / "recipe_candidates.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     for found in sorted(out.glob("seed-*/candidates.json")):
         rows += json.loads(found.read_text())
-    of_now = {(r["candidates"], r["seed"]): r for r in rows if r["config"] == shipped()}
-    return [of_now[key] for key in sorted(of_now)]
+    kept = {(r["config"], r["candidates"], r["seed"]): r for r in rows}
+    return [kept[key] for key in sorted(kept)]
 
 
 def candidates_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -572,7 +590,9 @@ def page(every: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]]
         "",
         "![Every run](../../docs/plots/recipe.png)",
     ]
-    lines += parts_table(rows) + candidates_table(counts) + multipliers(rows) + others(every)
+    lines += parts_table(rows) + broken_table(every)
+    lines += candidates_table([row for row in counts if row["config"] == shipped()])
+    lines += multipliers(rows) + others(every)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, no GPU; one thread per run"
     lines += ["", f"Machine: {machine}.", ""]
     return "\n".join(lines)
@@ -603,6 +623,29 @@ def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def broken_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """`broken_answers` of the shipped config, and of another one where that was counted."""
+    lines = [
+        "",
+        "Broken answers beside whole ones, to harmless requests, by the learnt and the true "
+        "reward, and their share of the harmful answers to hazardous requests (means over runs):",
+        "",
+        "| config | | runs | learnt: broken | whole | true: broken | whole | share of the harm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    names = ("reward_broken", "reward_whole", "true_reward_broken", "true_reward_whole")
+    counted = [row for row in rows if "harm_broken" in row]
+    for used in sorted({row["config"] for row in counted}, key=lambda c: (c != shipped(), c)):
+        for name, (title, _, _) in ARMS.items():
+            own = [row for row in counted if row["config"] == used and row["arm"] == name]
+            if own:
+                cells = [f"{np.nanmean([row[n] for row in own]):.2f}" for n in names]
+                cells.append(f"{np.nanmean([row['harm_broken'] for row in own]):.0%}")
+                label = "shipped" if used == shipped() else used
+                lines.append(f"| {label} | {title} | {len(own)} | {' | '.join(cells)} |")
+    return lines
+
+
 def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """PPO with each multiplier, on the seeds that have been run with them."""
     seeds = {row["seed"] for row in rows if row["arm"] in MULTIPLIERS}
@@ -614,6 +657,13 @@ def multipliers(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return ["", f"The same PPO with each multiplier, on {len(seeds)} seeds:", "", *lines]
 
 
+def compared(here: Sequence[Mapping[str, Any]], shipped: Sequence[Mapping[str, Any]]) -> str:
+    """The share of `known` of two configs on the same seeds."""
+    if not here:
+        return ""
+    return f"{share_of_gain(here, 'known')}, {share_of_gain(shipped, 'known')} ({len(here)})"
+
+
 def others(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """One table of what was run with every other config, shipped before or only tried."""
     lines = [
@@ -621,11 +671,14 @@ def others(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         "What was run with other configs, shipped before or only tried; most on too few seeds to "
         "tell one from another. A config that names no pairs had 4,000, with 8% of the answers "
         "blemished, and one that names no limit to the KL had none; PPO without constraint makes "
-        "fewer updates than the others. *: every prompt counted alike.",
+        "fewer updates than the others. *: every prompt counted alike. The column beside "
+        "the share compares with the shipped config, on the seeds that both have.",
         "",
-        "| config | | seeds | passed | share of `known` | true harm | KL, nats |",
-        "|---|---|---|---|---|---|---|",
+        "| config | | seeds | passed | share of `known` | here, shipped (seeds) | true harm "
+        "| KL, nats |",
+        "|---|---|---|---|---|---|---|---|",
     ]
+    now = {(row["arm"], row["seed"]): row for row in rows if row["config"] == shipped()}
     named = {**ARMS, **MULTIPLIERS}
     for used in sorted({row["config"] for row in rows} - {shipped()}):
         then = [row for row in rows if row["config"] == used]
@@ -635,12 +688,14 @@ def others(rows: Sequence[Mapping[str, Any]]) -> list[str]:
             if not own:
                 continue
             tested = [row for row in own if row["verdict"] != "NOT_TESTED"]
+            both = [row for row in own if (name, row["seed"]) in now]
             columns = [
                 label,
                 named[name][0],
                 str(len(own)),
                 str(sum(row["verdict"] == "PASS" for row in tested)) if tested else "no test",
                 share_of_gain(own, "known"),
+                compared(both, [now[name, row["seed"]] for row in both]),
                 interval([row["true_harm"] for row in own], 3),
                 interval([row["kl"] for row in own], 1),
             ]
