@@ -192,8 +192,8 @@ DEMONSTRATION_MIX = Mix(
 )
 # Wider, so that a scorer sees what a policy may write later. Where no answer was to another request
 # a reward model liked the steps of one topic in answer to another, and both learners found it out;
-# where none had a broken clause it liked those nearly as well, and a sixth of what a policy wrote was
-# broken.
+# where none had a broken clause it liked those nearly as well, and a sixth of what a policy wrote
+# was broken.
 PREFERENCE_MIX = Mix(
     hazardous={"comply": 0.5, "dodge": 0.25, "refusal": 0.25},
     harmless={"help": 0.35, "shortcut": 0.35, "dodge": 0.15, "refusal": 0.15},
