@@ -134,6 +134,12 @@ def certify_main(arguments: Sequence[str]) -> int:
             f"  upper bound {cert.number(bound['found']['upper'])} by {bound['bound']} "
             f"({bound['class']}), δ = {cert.plain(bound['delta'])}, n = {record['data']['n']}"
         )
+    if any(bound["class"] == "asymptotic" for bound in record["bounds"]):
+        print(
+            "note: an asymptotic bound holds only as the number of prompts grows and errs for rare "
+            "severe harm; where the cost has a range that was known before the costs, --lower and "
+            "--upper allow an exact one"
+        )
     if record["verdict"] != "PASS":
         print("no solution found: a limit is not shown")
         if options.out and (options.out / cert.CERTIFICATE_FILE).is_file():

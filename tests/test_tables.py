@@ -139,6 +139,17 @@ def test_tables_are_read_to_the_last_digit(
     assert table.costs.tolist() == COSTS
 
 
+def test_a_bound_that_knows_no_range_is_said_to_be_asymptotic(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_csv(tmp_path / "a.csv")
+    mean = ["certify", str(tmp_path / "a.csv"), "--constraint", "mean:0"]
+    assert main(mean) == PASSED
+    assert "note: an asymptotic bound holds only as" in capsys.readouterr().out
+    assert main([*mean, *RANGE]) == PASSED
+    assert "asymptotic" not in capsys.readouterr().out
+
+
 def test_columns_may_have_other_names_and_an_id_is_not_needed(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_text("who,harm,more\nx,1,a\nx,3,b\ny,-1,c\n")
