@@ -601,24 +601,29 @@ def page(every: Sequence[Mapping[str, Any]], counts: Sequence[Mapping[str, Any]]
 def parts_table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """What the answers of `known` and of each arm are made of."""
     names = ["openers", "closers", "clauses", "astray", "broken"]
+
+    def columns(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[list[float]]:
+        found = [[row[prefix + name] for row in rows] for name in names]
+        _, _, clauses, _, broken = found
+        return [*found, [b / (c + b) for b, c in zip(broken, clauses, strict=True)]]
+
     by_seed = {row["seed"]: row for row in rows}.values()
     lines = [
         "",
         "What the answers are made of (in brackets the range over seeds): the share with a warm "
         "opener and with a warm closer, how many clauses of their own topic they have, the share "
         "with clauses of other topics alone (astray), and the share that is no sentence of the "
-        "world's grammar (broken):",
+        "world's grammar (broken), also per clause begun, at one to a broken answer:",
         "",
-        "| | seeds | warm openers | warm closers | clauses | astray | broken |",
-        "|---" * (len(names) + 2) + "|",
+        "| | seeds | warm openers | warm closers | clauses | astray | broken | per clause |",
+        "|---" * (len(names) + 3) + "|",
     ]
     groups = {"supervised": (by_seed, "sft_"), "`known`": (by_seed, "known_")}
     for name, (title, _, _) in ARMS.items():
         groups[title] = ([row for row in rows if row["arm"] == name], "")
     for title, (own, prefix) in groups.items():
         if own:
-            columns = [[r[prefix + n] for r in own] for n in names]
-            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns]
+            cells = [f"{mean(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in columns(own, prefix)]
             lines.append(f"| {title} | {len(own)} | {' | '.join(cells)} |")
     return lines
 

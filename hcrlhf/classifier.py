@@ -102,6 +102,17 @@ def log_odds(logits: Tensor, label: int, independent: bool) -> Tensor:
     return logits[:, label] - logits[:, others].logsumexp(dim=1)
 
 
+def most_positions(model: nn.Module) -> float:
+    """How many tokens a model has positions for; infinity where it does not say.
+
+    RoBERTa and its kin begin to count behind the padding's number: of 514 positions 512 are read.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    tables = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [i for table in tables if (i := getattr(table, "padding_idx", None)) is not None]
+    return positions - max((i + 1 for i in padding), default=0)
+
+
 class Classifier(nn.Module):
     """A sequence classifier and its tokenizer.
 
@@ -139,8 +150,7 @@ class Classifier(nn.Module):
         self.pad_id: int = tokenizer.pad_token_id or 0
 
     def _token_limit(self, asked: int | None) -> int:
-        positions = getattr(self.model.config, "max_position_embeddings", None) or math.inf
-        longest = min(positions, self.tokenizer.model_max_length)
+        longest = min(most_positions(self.model), self.tokenizer.model_max_length)
         if asked is None:
             return int(min(longest, MOST_TOKENS))
         if not 8 <= asked <= longest:

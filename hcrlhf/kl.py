@@ -31,6 +31,11 @@ class AdaptiveKL:
                 raise InputError(
                     f"{name} of the adaptive KL is positive, got {getattr(self, name)}"
                 )
+        if self.gain >= 5:
+            raise InputError(
+                f"gain of the adaptive KL is below 5, got {self.gain}: β is multiplied with "
+                "1 - 0.2 gain where the KL is small, as it is at the start, and would be 0 for good"
+            )
         if not 0 <= self.minimum < math.inf:
             raise InputError(f"minimum of the adaptive KL is >= 0, got {self.minimum}")
 

@@ -14,7 +14,7 @@ from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError, is_out_of_memory
 from hcrlhf.optimizers import Name, adamw
 from hcrlhf.stages import BackboneSource, hub_refusal
-from hcrlhf.text import one_line
+from hcrlhf.text import ChatFormat, one_line
 
 
 def choose_attention() -> None:
@@ -28,7 +28,11 @@ def choose_attention() -> None:
 
 
 def require(
-    source: BackboneSource, lora: LoraOptions | None, optimizer: Name, device: torch.device
+    source: BackboneSource,
+    chat: ChatFormat,
+    lora: LoraOptions | None,
+    optimizer: Name,
+    device: torch.device,
 ) -> None:
     """Of a model only config.json is read.
 
@@ -37,15 +41,37 @@ def require(
         device: where the stage will run.
 
     Raises:
-        InputError: 4 bits or an 8-bit optimizer without a bitsandbytes that works on the device, or
-            LoRA without a layer to adapt.
+        InputError: texts longer than the model reads, 4 bits or an 8-bit optimizer without a
+            bitsandbytes that works on the device, or LoRA without a layer to adapt.
     """
+    config = model_config(source)
+    require_positions(config, chat)
     if source.quantization == "nf4":
         require_four_bits(device)
     if optimizer != "adamw":
         require_eight_bits(optimizer, device)
     if lora is not None:
-        require_targets(model_config(source), lora.target_modules)
+        require_targets(config, lora.target_modules)
+
+
+def require_positions(config: Any, chat: ChatFormat) -> None:
+    """
+    Args:
+        config: of transformers.
+
+    Raises:
+        InputError: a prompt and its response may be longer than the model has positions for. One
+            that learnt its positions would fail at the first such pair, perhaps in the safety test.
+    """
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    needed = chat.max_prompt_tokens + chat.max_response_tokens
+    if positions is not None and needed > positions:
+        raise InputError(
+            f"chat.max_prompt_tokens {chat.max_prompt_tokens} and max_response_tokens "
+            f"{chat.max_response_tokens} make texts of up to {needed} tokens, and the model has "
+            f"{positions} positions (max_position_embeddings); lower one of the two in the "
+            "supervised stage"
+        )
 
 
 def require_four_bits(device: torch.device) -> None:
@@ -75,6 +101,21 @@ def require_eight_bits(optimizer: Name, device: torch.device) -> None:
     made = adamw(optimizer, [weight], 1e-3, 0.0)
     with _working(device, "set optimizer: adamw"):
         made.step()
+
+
+def require_draws(device: torch.device) -> None:
+    """
+    Raises:
+        InputError: responses are to be sampled on CUDA, and PyTorch was told to refuse operations
+            without a deterministic form, of which the cumulative sum of a distribution is one.
+    """
+    refuses = torch.are_deterministic_algorithms_enabled()
+    warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    if device.type == "cuda" and refuses and not warns:
+        raise InputError(
+            "trainer.deterministic: true refuses the cumulative sums by which tokens are drawn on "
+            "CUDA; set trainer.deterministic: warn"
+        )
 
 
 @contextmanager

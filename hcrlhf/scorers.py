@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -141,6 +141,11 @@ class Scorer(ABC):
         self._check_range()  # a subclass may have set them itself
         if self.lower is not None and slot == "reward":
             raise InputError(f"{slot}: lower and upper of {self.name} are for a cost; remove them")
+        if self.mean is not None and slot == "cost":
+            raise InputError(
+                f"{slot}: mean and std of {self.name} standardise a reward, and a cost stays in "
+                "the units of its threshold; remove them"
+            )
         try:
             scores = self.checked(PROBE_PROMPTS, PROBE_RESPONSES)
             self.require_range(scores)
@@ -201,7 +206,11 @@ class Scorer(ABC):
 
     def _checked(self, prompts: Sequence[Dialogue], responses: Sequence[str]) -> Floats:
         try:
-            scores = self.scores(prompts, responses)
+            # Of whoever asks neither autocast, which is on in a training step and off in a safety
+            # test, nor gradients: what a response scores must not depend on the caller.
+            off = partial(torch.autocast, enabled=False)
+            with torch.no_grad(), off("cuda"), off("cpu"):
+                scores = self.scores(prompts, responses)
         except InputError:
             raise
         except (Exception, SystemExit) as error:  # its exit would be taken for ours, and 0 for PASS
@@ -516,12 +525,10 @@ class SequenceClassifier(Scorer):
         self._warn_of_cuts(sum(text.cut for text in texts), len(texts))
         order = sorted(range(len(texts)), key=lambda i: len(texts[i].ids))
         scores = np.empty(len(texts))
-        # Not under the trainer's autocast: what a response scores must not depend on the caller.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            for start in range(0, len(order), self.batch_size):
-                rows = order[start : start + self.batch_size]
-                batch = classifier.collate([texts[i] for i in rows]).to(self.device)
-                scores[rows] = classifier(batch).double().cpu().numpy()
+        for start in range(0, len(order), self.batch_size):
+            rows = order[start : start + self.batch_size]
+            batch = classifier.collate([texts[i] for i in rows]).to(self.device)
+            scores[rows] = classifier(batch).double().cpu().numpy()
         return scores
 
     def _warn_of_cuts(self, cut: int, count: int) -> None:

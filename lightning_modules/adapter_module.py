@@ -22,7 +22,7 @@ from hcrlhf.gradients import known_gradient
 from hcrlhf.resume import rng_state, set_rng_state
 from hcrlhf.stages import FILE as STAGE_FILE
 from hcrlhf.stages import BackboneSource, Role, read_stage
-from hcrlhf.text import TextEncoder, Tokens, one_line
+from hcrlhf.text import ChatFormat, TextEncoder, Tokens, one_line
 
 QUANTISES_ADAPTERS = (
     "Lightning's bitsandbytes plugin would quantise the adapters too and leave nothing to train; "
@@ -169,8 +169,10 @@ class StageModule(LightningModule):
 
         steps = int(self.trainer.estimated_stepping_batches)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
+        # Hugging Face's "constant" leaves the warm-up out.
+        name = "constant_with_warmup" if self.schedule == "constant" else self.schedule
         scheduler = get_scheduler(
-            self.schedule, optimizer, int(self.warmup * steps), num_training_steps=steps
+            name, optimizer, int(self.warmup * steps), num_training_steps=steps
         )
         return {
             "optimizer": optimizer,
@@ -250,14 +252,16 @@ class AdapterModule(StageModule):
     _group_at_a_time = False  # forward again in the backward pass, so that memory holds one group
     _rows = 1  # of the last batch
 
-    def require_machine(self, source: BackboneSource, lora: LoraOptions | None) -> None:
+    def require_machine(
+        self, source: BackboneSource, chat: ChatFormat, lora: LoraOptions | None
+    ) -> None:
         """Before weights are downloaded or loaded: `machine.require`.
 
         Args:
             lora: of an adapter that is begun anew; None where one goes on, or there is none.
         """
         used = self.optimizer if self.trainer.state.fn == "fit" else "adamw"
-        machine.require(source, lora, used, self.trainer.strategy.root_device)
+        machine.require(source, chat, lora, used, self.trainer.strategy.root_device)
 
     def build_backbone(
         self, source: BackboneSource, full: bool = False, dropout: bool = True

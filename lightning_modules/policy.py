@@ -331,7 +331,11 @@ class Policy(ScoredPolicy):
         scores, violations = self._constrain(rollout)
         if self.updates == 0 and self.critics:
             rollout = self._start_critics(rollout, scores)
-        targets = self.learner.targets(rollout, scores, self.dual.multipliers, self.kl_coefficient)
+        # Outside autocast, which would make matrix products of it in bfloat16.
+        with torch.autocast(self.device.type, enabled=False):
+            targets = self.learner.targets(
+                rollout, scores, self.dual.multipliers, self.kl_coefficient
+            )
         with phases.measured("update"):
             statistics = self._improve(rollout, targets)
         if not self._warming_up:

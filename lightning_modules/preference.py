@@ -85,7 +85,8 @@ class Preference(PairModule, AdapterModule):
             quantization=self.quantization or sft.backbone.quantization,
             dtype=self.dtype_name or sft.backbone.dtype,
         )
-        self.require_machine(self.source, None if sft.adapter else self.lora or LoraOptions())
+        begun = None if sft.adapter else self.lora or LoraOptions()
+        self.require_machine(self.source, sft.chat, begun)
         if fingerprint(sft.backbone.folder) != sft.fingerprint:
             raise InputError(
                 f"sft: the weights in {sft.backbone.model} are not those that {self.sft} was "

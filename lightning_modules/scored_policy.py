@@ -18,7 +18,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 import hcrlhf
-from hcrlhf import optimizers, processes
+from hcrlhf import machine, optimizers, processes
 from hcrlhf.backbone import (
     ADAPTER_FILE,
     BASE,
@@ -188,6 +188,7 @@ class ScoredPolicy(AdapterModule):
         # The gate would refuse it too, but after the candidate check. Checkpoints bring the costs.
         if stage == "test" and self.given is not None:
             require_etas(self.constraints)
+        machine.require_draws(self.trainer.strategy.root_device)
         # Lightning has no public way to ask for this setting.
         connector = self.trainer._accelerator_connector
         if self.trainer.world_size > 1 and connector.use_distributed_sampler:
@@ -217,7 +218,8 @@ class ScoredPolicy(AdapterModule):
         self.stages = stages
         self.source = comparable["sft"].backbone
         begun = self.given is None and not sft.adapter
-        self.require_machine(self.source, (self.lora or LoraOptions()) if begun else None)
+        lora = (self.lora or LoraOptions()) if begun else None
+        self.require_machine(self.source, sft.chat, lora)
         if fingerprint(self.source.folder) != sft.fingerprint:
             raise InputError(
                 f"sft: the weights in {self.source.model} are not those that {folders['sft']} was "

@@ -67,7 +67,7 @@ class Supervised(AdapterModule):
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.finished = self.read_own_stage(stage, "sft")
-        self.require_machine(self.source, self.lora)
+        self.require_machine(self.source, self.chat, self.lora)
         self.fingerprint = fingerprint(self.source.folder)
         self.encoder = TextEncoder(load_tokenizer(self.source.folder), self.chat)
 

@@ -58,7 +58,7 @@ def build_llama(seed: int = 0, **changes: Any) -> Any:
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
+        "max_position_embeddings": 512,
         "initializer_range": 0.3,
         "bos_token_id": 1,
         "eos_token_id": 2,

@@ -15,6 +15,7 @@ from hcrlhf.classifier import (
     kept,
     load_classifier,
     log_odds,
+    most_positions,
     plain_dialogue,
 )
 from hcrlhf.errors import InputError
@@ -177,6 +178,30 @@ def test_a_model_without_a_trained_head_is_no_scorer(model_folder: Path) -> None
         load_classifier(str(model_folder), chat_template=TEMPLATE)
     new = load_classifier(str(model_folder), new_head=True)
     assert new.template is not None and "Human" in new.template
+
+
+def test_positions_that_are_the_padding_s_are_not_read() -> None:
+    from transformers import (
+        BertConfig,
+        BertForSequenceClassification,
+        RobertaConfig,
+        RobertaForSequenceClassification,
+    )
+
+    sizes = {
+        "vocab_size": 50,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "intermediate_size": 8,
+        "max_position_embeddings": 34,
+    }
+    bert = BertForSequenceClassification(BertConfig(**sizes))
+    roberta = RobertaForSequenceClassification(RobertaConfig(**sizes, pad_token_id=1)).eval()
+    assert (most_positions(bert), most_positions(roberta)) == (34, 32)
+    roberta(torch.full((1, 32), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        roberta(torch.full((1, 33), 5))
 
 
 def test_several_labels_need_one_to_be_named(encoder_folder: Path, tmp_path: Path) -> None:

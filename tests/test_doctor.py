@@ -277,6 +277,14 @@ def test_a_token_that_ends_the_models_own_answers_but_not_ours_is_named(
     assert not any("stop tokens: " in line for line in found)
 
 
+def test_texts_that_are_longer_than_the_model_reads_are_named(run: Run) -> None:
+    run.stage("sft", chat=ChatFormat(480, 32))
+    assert not any(" lengths: " in line for line in run.policy())
+    run.stage("sft", chat=ChatFormat(480, 33))
+    (line,) = [line for line in run.policy() if " lengths: " in line]
+    assert line.startswith("NOT ") and "of up to 513 tokens" in line
+
+
 def test_the_template_that_is_used_is_the_one_that_is_named(run: Run) -> None:
     assert "ok   tokenizer: the plain template" in run.policy()[0]
     template = "{{ messages[0]['content'] }}"

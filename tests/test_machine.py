@@ -14,6 +14,7 @@ from hcrlhf.configured import base_of
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Sizes, footprint
 from hcrlhf.stages import BackboneSource
+from hcrlhf.text import ChatFormat
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -93,6 +94,35 @@ def test_an_8_bit_optimizer_with_a_bitsandbytes_that_has_no_library_for_the_devi
     assert "or set optimizer: adamw" in line
 
 
+def test_texts_that_are_longer_than_the_model_reads(fit: Any) -> None:
+    line = fit("--model.init_args.chat.max_prompt_tokens", "600")
+    assert "chat.max_prompt_tokens 600 and max_response_tokens" in line
+    assert "and the model has 512 positions" in line
+
+
+def test_positions_are_those_that_a_model_says_it_has() -> None:
+    from transformers import BloomConfig, GPT2Config
+
+    machine.require_positions(GPT2Config(n_positions=64), ChatFormat(32, 32))
+    machine.require_positions(BloomConfig(), ChatFormat(10**6, 10**6))  # ALiBi: without an end
+    with pytest.raises(InputError, match="of up to 65 tokens, and the model has 64 positions"):
+        machine.require_positions(GPT2Config(n_positions=64), ChatFormat(33, 32))
+
+
+def test_sampling_on_cuda_has_no_deterministic_form() -> None:
+    gpu = torch.device("cuda")
+    machine.require_draws(gpu)
+    try:
+        torch.use_deterministic_algorithms(True)
+        machine.require_draws(CPU)
+        with pytest.raises(InputError, match="set trainer.deterministic: warn"):
+            machine.require_draws(gpu)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        machine.require_draws(gpu)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_lora_without_a_layer_of_that_name(fit: Any) -> None:
     line = fit("--model.init_args.lora={target_modules: [c_attn]}")
     assert "target_modules ['c_attn'] name no linear layer of this model; expected some of" in line
@@ -128,13 +158,13 @@ def test_targets_are_read_as_peft_reads_them(
     own = backbone.Backbone(backbone.load_causal_lm(source))
     sizes = Sizes("supervised", "none", "float32", False, lora, prompt=4, response=4, rows=1)
     if found:
-        machine.require(source, lora, "adamw", CPU)
+        machine.require(source, ChatFormat(), lora, "adamw", CPU)
         own.add_role("x", lora, trainable=True)
         told = footprint(machine.model_config(source), sizes)
         assert told.trained == sum(p.numel() for _, p in own.trained_parameters())
         return
     with pytest.raises(InputError, match="name no linear layer"):
-        machine.require(source, lora, "adamw", CPU)
+        machine.require(source, ChatFormat(), lora, "adamw", CPU)
     with pytest.raises(InputError, match="name no linear layer"):
         footprint(machine.model_config(source), sizes)
     with pytest.raises(InputError, match="LoRA does not fit this model"):

@@ -562,7 +562,9 @@ TIGHTER = r"\(model\.init_args\.constraints\.0\.threshold: 3\.5 → 3\.4\)"
         (["--model.init_args.lora.r", "4"], r"model\.init_args\.lora\.r: 8 → 4"),
         (["--model.init_args.learner=hcrlhf.rloo.RLOO"], r"learner.class_path: .*PPO → .*RLOO\)"),
         (["--data.init_args.prompts_per_update", "9"], r"prompts_per_update: 8 → 9\)"),
-        (["--data.init_args.updates", "1"], r"updates is 1, and .* has 2 behind it"),
+        (["--data.init_args.updates", "1"], r"updates is 1, and .* has 2 behind it; give more"),
+        # Lightning would begin a pass of two more, after a safety test of what there is.
+        (["--data.init_args.updates", "2"], r"updates is 2, and .* has 2 behind it; give more"),
     ],
 )
 def test_what_makes_another_run_is_refused_with_old_and_new(

@@ -1516,6 +1516,7 @@ def test_mixed_precision_and_gradient_checkpointing_run_to_a_verdict(
     demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, critic: str
 ) -> None:
     from hcrlhf.backbone import Backbone
+    from lightning_modules import Policy
 
     more = ["--trainer.precision", "bf16-mixed", "--model.init_args.gradient_checkpointing", "true"]
     more += ptx(demo, 0.1) if critic == "shared" else []
@@ -1529,9 +1530,19 @@ def test_mixed_precision_and_gradient_checkpointing_run_to_a_verdict(
             states.register_hook(lambda _: seen["backward"].add(torch.is_autocast_enabled("cpu")))
         return states
 
+    kinds: set[torch.dtype] = set()
+    improve = Policy._improve
+
+    def kinds_noted(own: Policy, rollout: Any, targets: Any) -> Any:
+        kinds.update(x.dtype for x in vars(targets).values() if isinstance(x, torch.Tensor))
+        return improve(own, rollout, targets)
+
+    monkeypatch.setattr(Policy, "_improve", kinds_noted)
     monkeypatch.setattr(Backbone, "hidden", noted)
     more += ["--model.init_args.learner.init_args.critic", critic]
     assert fit(demo, tmp_path / "run", *ALWAYS, *more) == PASSED
+    # What the losses aim at has not been through autocast's matrix products.
+    assert torch.float32 in kinds and torch.bfloat16 not in kinds
     # In autocast's backward pass a critic's head, which is float32, would get a gradient of three
     # digits.
     assert seen == {"forward": {True}, "backward": {False}}

@@ -233,6 +233,36 @@ def test_a_reward_is_not_squashed() -> None:
         scorer.prepare("reward")
 
 
+def test_a_cost_is_not_standardised() -> None:
+    scorer = PythonScorer(f"{HERE}.length", mean=0.0, std=2.0)
+    scorer.prepare("reward")
+    with pytest.raises(InputError, match="cost: mean and std of .*length standardise a reward"):
+        scorer.prepare("cost")
+
+
+class Multiplies(Scorer):
+    """A scorer with a layer of its own, as a training step would find it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.seen: list[tuple[torch.dtype, bool]] = []
+
+    def scores(self, prompts: Sequence[Any], responses: Sequence[str]) -> Any:
+        lengths = torch.tensor([[float(len(response))] for response in responses])
+        scores = self.layer(lengths)[:, 0]
+        self.seen.append((scores.dtype, scores.requires_grad))
+        return scores.detach().double().numpy()
+
+
+def test_a_scorer_gives_the_same_scores_in_a_training_step_as_in_a_safety_test() -> None:
+    scorer, texts = Multiplies(), ["a" * 3, "b" * 7]
+    alone = scorer.checked([user_turn("a")] * 2, texts)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scorer.checked([user_turn("a")] * 2, texts).tolist() == alone.tolist()
+    assert scorer.seen == [(torch.float32, False)] * 2
+
+
 def test_a_cost_that_declares_its_range_keeps_to_it() -> None:
     scorer = PythonScorer(f"{HERE}.length", lower=0.0, upper=20.0)
     scorer.prepare("cost")

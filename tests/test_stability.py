@@ -55,6 +55,29 @@ def test_a_controller_out_of_range_is_refused(options: dict[str, float]) -> None
         AdaptiveKL(**{"target": 1.0, **options})
 
 
+def test_a_gain_with_which_the_coefficient_falls_to_zero_for_good_is_refused() -> None:
+    assert AdaptiveKL(target=6.0, gain=4.9).update(0.5, 0.0) > 0
+    with pytest.raises(InputError, match="gain of the adaptive KL is below 5, got 5.0"):
+        AdaptiveKL(target=6.0, gain=5.0)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "factors"),
+    [("constant", [0.0, 0.5, 1.0, 1.0, 1.0]), ("linear", [0.0, 0.5, 1.0, 0.5, 0.0])],
+)
+def test_every_schedule_begins_with_the_warm_up(schedule: Any, factors: list[float]) -> None:
+    module = policy(schedule=schedule, warmup=0.5, learning_rate=2.0)
+    module._trainer = SimpleNamespace(estimated_stepping_batches=4)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2.0)
+    scheduler = module.scheduled(optimizer)["lr_scheduler"]["scheduler"]
+    rates = []
+    for _ in factors:
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [2 * factor for factor in factors]
+
+
 def test_scores_are_clamped_and_cut_responses_pay_and_costs_stay_what_they_are() -> None:
     rollout = rollout_of(["a", "b", "c"], [[0.0]] * 3, [1, 1, 1])
     tokens = replace(rollout.tokens, truncated=torch.tensor([False, True, True]))
