@@ -35,11 +35,17 @@ from hcrlhf.samples import (
 # -- asymptotic ------------------------------------------------------------------------------------
 
 
+def _t_quantile(n: int, delta: float) -> float:
+    """t_{1-δ, n-1}; +∞ where δ is too small for scipy, which then gives -∞."""
+    quantile = -float(special.stdtrit(n - 1, check_delta(delta)))
+    return quantile if math.isfinite(quantile) else math.inf
+
+
 def student_t_factor(n: int, delta: float) -> float:
     """t_{1-δ, n-1} / √n: how many standard deviations the bound lies above the mean."""
     if n < 2:
         raise InputError(f"Student-t needs at least 2 costs, got {n}")
-    return -float(special.stdtrit(n - 1, check_delta(delta))) / math.sqrt(n)
+    return _t_quantile(n, delta) / math.sqrt(n)
 
 
 def student_t_upper(costs: ArrayLike, delta: float) -> float:
@@ -73,7 +79,7 @@ def hall_t_upper(costs: ArrayLike, delta: float) -> float:
     centred = (x - x.mean()) / x.std()
     skewness = float(np.mean(centred**3))
     a = skewness / (3 * math.sqrt(x.size))
-    shifted = float(special.stdtrit(x.size - 1, delta)) - a / 2
+    shifted = -_t_quantile(x.size, delta) - a / 2
     root = math.copysign(abs(1 + 3 * a * shifted) ** (1 / 3), 1 + 3 * a * shifted)
     inverse = 3 * shifted / (root * root + root + 1)  # = (root - 1)/a, also at a = 0
     return max(student, float(x.mean() - x.std(ddof=1) / math.sqrt(x.size) * inverse))

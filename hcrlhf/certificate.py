@@ -14,7 +14,7 @@ import math
 import platform
 import re
 from collections.abc import Mapping, Sequence
-from decimal import ROUND_CEILING, Decimal
+from decimal import ROUND_CEILING, Decimal, localcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -224,7 +224,8 @@ def percent(value: float) -> str:
 
 def round_up(value: float) -> str:
     """An upper bound with four decimals, rounded towards +∞."""
-    return plain(Decimal(value).quantize(Decimal("0.0001"), ROUND_CEILING))
+    with localcontext(prec=400):  # more digits than any float has before the point
+        return plain(Decimal(value).quantize(Decimal("0.0001"), ROUND_CEILING))
 
 
 def limit_sentence(constraint: Constraint) -> str:
@@ -415,7 +416,7 @@ def diagnose(constraints: Sequence[Constraint], costs: ArrayLike) -> dict[str, A
     sd = float(x.std(ddof=1)) if x.size > 1 else 0.0
     skewness = float(np.mean(((x - x.mean()) / x.std()) ** 3)) if has_spread(x) else 0.0
     delta = max(c.delta for c in constraints)
-    z = float(stats.norm.ppf(1 - delta))
+    z = float(stats.norm.isf(delta))
     edgeworth = skewness * (2 * z * z + 1) * float(stats.norm.pdf(z)) / (6 * math.sqrt(x.size))
     anytime = any(c.rule.anytime for c in constraints)
     return {

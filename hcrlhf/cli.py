@@ -12,6 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from hcrlhf import __version__
@@ -51,6 +52,8 @@ hcrlhf COMMAND --help says more. A config is YAML; --print_config shows it fille
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper):  # whose encoding may have no δ
+        sys.stdout.reconfigure(errors="backslashreplace")
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE, end="")
         return PASSED if arguments else BAD_INPUT

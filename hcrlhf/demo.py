@@ -262,7 +262,7 @@ def summarise(name: str, answers: Sequence[Mapping[str, Any]], limits: Sequence[
     n = len(answers)
     costs = np.array([a["cost"] for a in answers])
     # Betting depends on the order; that of the file is nobody's random one.
-    costs = costs[retrospective_order(costs)]
+    costs = costs[retrospective_order([a["prompt"] for a in answers])]
     harmful = sum(true_cost(a["prompt"], a["response"]) > 0 for a in answers)
     return Row(
         name,

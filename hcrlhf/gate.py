@@ -102,7 +102,9 @@ class Gate:
         human: HumanLabels | None = None,
     ) -> Gate:
         """The gate of the run in `folder`, by the options of its `callbacks.SafetyTest`."""
-        path = Path(ledger) if ledger else folder.parent / LEDGER_FILE
+        # The parent of "." is "." and a linked folder's is where the link lies.
+        beside = Path(os.path.abspath(folder)).parent / LEDGER_FILE
+        path = Path(ledger).expanduser() if ledger else beside
         earlier = Path(continues) if continues else None
         return Gate(folder, path, schedule, sequential, earlier, human)
 

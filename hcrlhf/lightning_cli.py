@@ -129,14 +129,14 @@ class SaveConfig(SaveConfigCallback):
         checkpoint[resume.KEY] = self.run
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
+        if stage in ("fit", "test"):  # either ends in a verdict
             self._take(trainer)
 
     def _take(self, trainer: Trainer) -> None:
         """Locks the folder. Where there is none yet nobody trains, and what is refused leaves none.
 
         Raises:
-            InputError: another run trains there; in all processes of this one.
+            InputError: another run trains or tests there; in all processes of this one.
         """
         folder, free = Path(trainer.default_root_dir), True
         if trainer.is_global_zero and self._lock is None and folder.is_dir():
@@ -150,7 +150,7 @@ class SaveConfig(SaveConfigCallback):
                 pass
         if not processes.from_first(free):
             raise InputError(
-                f"another process is training in {folder}; wait for it, or choose another "
+                f"another process trains or tests in {folder}; wait for it, or choose another "
                 "trainer.default_root_dir"
             )
 

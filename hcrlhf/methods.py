@@ -55,6 +55,11 @@ class Bound(ABC):
     needs: ClassVar[tuple[str, ...]] = ()  # of "lower", "upper"
     anytime: ClassVar[bool] = False  # holds at every stopping time
 
+    @property
+    def reads_in_order(self) -> bool:
+        """Whether the values' order matters, which then must not depend on the values."""
+        return self.anytime
+
     @abstractmethod
     def upper(self, values: ArrayLike, delta: float, within: Range) -> float:
         """The upper confidence bound U."""
@@ -198,6 +203,10 @@ class Betting(Bound):
     @property
     def needs(self) -> tuple[str, ...]:  # type: ignore[override]
         return ("upper",) if self.strategy == "portfolio" else ("lower", "upper")
+
+    @property
+    def reads_in_order(self) -> bool:
+        return self.strategy != "portfolio"
 
     def upper(self, values: ArrayLike, delta: float, within: Range) -> float:
         assert within.upper is not None

@@ -85,7 +85,7 @@ def beta_sampler(mean: float, std: float, lower: float, upper: float) -> Sampler
     """
     m = (mean - lower) / (upper - lower)
     variance = (std / (upper - lower)) ** 2
-    if not (0 < m < 1 and variance < m * (1 - m)):
+    if not (0 < m < 1 and 0 < variance < m * (1 - m)):
         raise InputError(
             f"no cost in [{lower:g}, {upper:g}] has mean {mean:g} and standard deviation {std:g}; "
             "give a smaller --sd, a smaller --gap or the true range"

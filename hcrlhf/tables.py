@@ -9,16 +9,17 @@ import math
 import re
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import numpy as np
 
-from hcrlhf.certificate import environment, make_certificate
+from hcrlhf.certificate import environment, make_certificate, published_key
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import file_sha256, sha256
+from hcrlhf.methods import Betting
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
 
@@ -45,12 +46,17 @@ class Table:
     aggregate: Aggregate | None
     rows_per_prompt: tuple[int, int]
 
+    @property
+    def has_ids(self) -> bool:
+        """Whether the prompts have names of their own, and not the numbers of their rows."""
+        return self.prompt_column in self.columns
+
     def describe(self) -> dict[str, Any]:
         """How the costs came out of the file, as a certificate records it."""
         fewest, most = self.rows_per_prompt
         return {
             "cost_column": self.cost_column,
-            "prompt_column": self.prompt_column if self.prompt_column in self.columns else None,
+            "prompt_column": self.prompt_column if self.has_ids else None,
             "aggregate": self.aggregate,
             "responses_per_prompt": {"min": fewest, "max": most},
         }
@@ -88,9 +94,10 @@ def read_table(
     for number, row in enumerate(rows, start=1):
         key = str(number)
         if prompt in columns:
-            if row.get(prompt) in (None, ""):
+            name = row.get(prompt)
+            if name in (None, "") or name != name:  # a float that is not a number
                 raise InputError(f"{path}, row {number}: the {prompt} is missing")
-            key = str(row[prompt])
+            key = str(name)
         groups.setdefault(key, []).append(_cost(path, number, row.get(cost)))
     repeated = len(rows) - len(groups)
     if repeated and aggregate is None:
@@ -155,7 +162,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                     if not isinstance(row, dict):
                         raise InputError(f"{path}, line {number}: expected a JSON object")
                     yield row
-    except (OSError, ValueError, csv.Error, EOFError, zlib.error) as error:
+    except (OSError, ValueError, RecursionError, csv.Error, EOFError, zlib.error) as error:
         raise InputError(f"{path} cannot be parsed ({type(error).__name__}: {error})") from error
 
 
@@ -165,17 +172,21 @@ def _open(path: Path) -> TextIO:
     return path.open(encoding="utf-8-sig", newline="")
 
 
-def retrospective_order(costs: Floats) -> list[int]:
-    """Positions of the costs in an order that the costs alone decide.
+def published_names(prompts: Sequence[str]) -> list[str]:
+    """How a certificate names the prompts of a table: salted by all of its ids together."""
+    salt = sha256("ids", *sorted(prompts))
+    return [published_key(salt, prompt) for prompt in prompts]
 
-    Sorted, then the i-th smallest is placed by SHA-256("order/digest/i"), with the digest of all
-    sorted costs: whoever hands in the rows in another order gets the same bound.
+
+def retrospective_order(prompts: Sequence[str]) -> list[int]:
+    """Positions of the prompts in ascending order of their published names.
+
+    A bound that reads costs in an order is exact where that order does not depend on the costs.
+    One that is derived from them is not as good as chance: costs of two values have one such order
+    for each number of harmful ones, the same for everybody, and some of these orders are lucky.
+    Nor does the order of the rows matter, which may be sorted.
     """
-    costs = costs + 0.0  # -0.0 and 0.0 are one cost
-    ascending = np.argsort(costs, kind="stable")
-    digest = sha256(*(repr(float(c)) for c in costs[ascending]))
-    places = sorted(range(costs.size), key=lambda i: sha256("order", digest, str(i)))
-    return [int(ascending[i]) for i in places]
+    return sorted(range(len(prompts)), key=published_names(prompts).__getitem__)
 
 
 # -- the certificate -------------------------------------------------------------------------------
@@ -185,12 +196,14 @@ def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
     """A retrospective certificate: PASS or NO_SOLUTION_FOUND on costs that are there already.
 
     Raises:
-        InputError: the table does not say which rows answer one prompt, or what its costs were
-            united to says nothing about a limit.
+        InputError: the table does not say which rows answer one prompt, what its costs were united
+            to says nothing about a limit, or a bound needs an order and there are no ids.
     """
     require_prompts(table)
     require_aggregate([c.estimand for c in constraints], table.aggregate)
-    order = retrospective_order(table.costs)
+    if not table.has_ids:
+        constraints = [_by_no_order(c) for c in constraints]
+    order = retrospective_order(table.prompts)
     costs = np.repeat(table.costs[order][:, None, None], len(constraints), axis=2)
     samples = CostSamples(
         tuple(table.prompts[i] for i in order),
@@ -198,16 +211,33 @@ def certify(constraints: Sequence[Constraint], table: Table) -> dict[str, Any]:
         tuple(("",) for _ in order),
         np.zeros((len(order), 1), dtype=np.bool_),
     )
-    digest = file_sha256(table.path)
+    names = published_names(table.prompts)
     return make_certificate(
         constraints,
         samples,
-        [sha256("prompt", sha256("salt", digest), key) for key in samples.keys],
+        [names[i] for i in order],
         plan=None,
         ledger=None,
-        source={"file": table.path.name, "file_sha256": digest, **table.describe()},
+        source={
+            "file": table.path.name,
+            "file_sha256": file_sha256(table.path),
+            **table.describe(),
+        },
         package_versions=environment("numpy", "scipy"),
     )
+
+
+def _by_no_order(constraint: Constraint) -> Constraint:
+    """The constraint, judged by a bound that reads its costs in no order."""
+    if not constraint.rule.reads_in_order:
+        return constraint
+    if constraint.bound is not None:
+        raise InputError(
+            f"the bound {constraint.rule.name} reads the costs in an order, which the prompts' ids "
+            "have to give, since that of the rows may be sorted; name their column with "
+            "--prompt-column, or take --bound portfolio"
+        )
+    return replace(constraint, bound=Betting("portfolio"))
 
 
 PROMPT_LIKE = re.compile(
@@ -222,7 +252,7 @@ def require_prompts(table: Table) -> None:
         InputError: the prompt column is not there, and nobody said that every row is a prompt of
             its own.
     """
-    if table.prompt_column is None or table.prompt_column in table.columns:
+    if table.prompt_column is None or table.has_ids:
         return
     others = [name for name in table.columns if name != table.cost_column]
     like = [n for n in others if PROMPT_LIKE.search(n) and not RESPONSE_LIKE.search(n)] or others

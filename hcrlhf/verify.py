@@ -27,8 +27,8 @@ from hcrlhf.hashing import (
 from hcrlhf.safety import CostSamples
 from hcrlhf.tables import (
     Table,
+    published_names,
     require_aggregate,
-    retrospective_order,
 )
 
 Outcome = Literal["ok", "FAILED", "not checked"]
@@ -68,7 +68,7 @@ def verify(
         return [Check("the file is JSON", "FAILED", str(error))]
     schema = record.get("schema") if isinstance(record, dict) else None
     if isinstance(record, dict) and record.get("kind") == "human":
-        return _run([lambda: _human(record, path, state)])
+        return _run([lambda: _human(record, path, ledger, state)])
     if schema != cert.SCHEMA:
         detail = f"schema {_short(repr(schema))}; expected {cert.SCHEMA}"
         return [Check("the schema is known", "FAILED", detail)]
@@ -213,13 +213,15 @@ def _words(record: Mapping[str, Any], path: Path) -> list[Check]:
         _same("the claim's words follow from the bounds", record["claim"], claim),
         Check("the diagnostics", "ok" if agrees else "FAILED"),
     ]
-    page = path.with_name(cert.PAGE_FILE)
-    if page.is_file():
-        written = cert.certificate_page(record)
-        results.append(_same(f"the page {page.name}", page.read_bytes(), written.encode()))
-    else:
-        results.append(Check(f"the page {page.name}", "not checked", "not beside the certificate"))
-    return results
+    return [*results, _page(path.with_name(cert.PAGE_FILE), cert.certificate_page(record))]
+
+
+def _page(page: Path, written: str) -> Check:
+    """The page of a record, whose line ends may have become those of another system."""
+    what = f"the page {page.name}"
+    if not page.is_file():
+        return Check(what, "not checked", "not beside the certificate")
+    return _same(what, page.read_bytes().replace(b"\r\n", b"\n"), written.encode())
 
 
 def _agree(said: Any, found: Any) -> bool:
@@ -390,20 +392,23 @@ def _policy(record: Mapping[str, Any], path: Path, given: Path | None) -> list[C
 def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check]:
     """The order is the derived one; the table, where it is given, is the one that was judged."""
     data = record["data"]
-    column = [row[0] for row in data["costs"]]
+    names, column = data["prompts"], [row[0] for row in data["costs"]]
     alike = all(cost == row[0] for row in data["costs"] for cost in row)
-    derived = [column[i] for i in retrospective_order(np.asarray(column))]
-    # Equal costs may change places: the order among them says nothing.
     results = [
-        _same("the costs stand in the derived order", column, derived),
+        _same("the costs stand in the order of their prompts", names, sorted(names)),
         _same("every constraint judges the same costs", alike, True),
     ]
+    if data["prompt_column"] is None:
+        ordered = any(c.rule.reads_in_order for c in _constraints(record["bounds"], len(names)))
+        results.append(_same("rows without ids are read in no order", ordered, False))
     require_aggregate([bound["estimand"] for bound in record["bounds"]], data["aggregate"])
     if costs is None:
         detail = "name the table with --costs"
         return [*results, Check(f"the table {data['file']}", "not checked", detail)]
     results.append(_same("the table's hash", data["file_sha256"], file_sha256(costs.path)))
-    results.append(_same("the table's costs", sorted(column), sorted(costs.costs.tolist())))
+    theirs = dict(zip(published_names(costs.prompts), costs.costs.tolist(), strict=True))
+    ours = dict(zip(names, column, strict=True))
+    results.append(Check("the table's costs", "ok" if ours == theirs else "FAILED"))
     how = costs.describe()
     return results + [_same(f"how the table was read: {key}", data[key], how[key]) for key in how]
 
@@ -411,7 +416,9 @@ def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check
 # -- people's labels -------------------------------------------------------------------------------
 
 
-def _human(record: Mapping[str, Any], path: Path, state: Path | None) -> list[Check]:
+def _human(
+    record: Mapping[str, Any], path: Path, given: Path | None, state: Path | None
+) -> list[Check]:
     """The claim about people, recomputed from the labels and the certificate beside it."""
     results = [_same("the record's own hash", record["hash"], sealed_hash(dict(record)))]
     beside = path.with_name(cert.CERTIFICATE_FILE)
@@ -436,9 +443,10 @@ def _human(record: Mapping[str, Any], path: Path, state: Path | None) -> list[Ch
         _same(key, record[key], found[key])
         for key in ("verdict", "claim", "asked", "harmful", "unclear_counted_as_harmful", "method")
     ]
-    file = path.parent / base["ledger"]["file"]
+    results.append(_page(path.with_name(human.PAGE_FILE), human.page(record)))
+    file = given or path.parent / base["ledger"]["file"]
     if not file.is_file():
-        return [*results, Check("the ledger", "not checked", f"no {file}")]
+        return [*results, Check("the ledger", "not checked", f"no {file}; name it with --ledger")]
     try:
         lines = ledgers.read(file, state).lines
     except InputError as error:

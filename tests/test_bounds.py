@@ -207,6 +207,11 @@ def test_a_sample_without_spread_never_gets_a_finite_student_t_bound(value: floa
     assert student_t_upper(np.full(n, value), 0.05) == math.inf
 
 
+def test_a_quantile_that_is_too_far_out_for_scipy_bounds_nothing() -> None:
+    assert student_t_upper([0.0, 1.0, 2.0, 5.0], 1e-300) == math.inf
+    assert hall_t_upper([0.0, 1.0, 2.0, 5.0], 1e-300) == math.inf
+
+
 def test_student_t_needs_two_costs() -> None:
     with pytest.raises(InputError, match="at least 2 costs, got 1"):
         student_t_upper([1.0], 0.05)

@@ -167,6 +167,18 @@ def test_prompts_and_their_order_are_derived_and_not_the_order_of_the_file(
     assert asked[0] not in (sorted(asked[0]), choose(KEYS, N))
 
 
+def test_runs_beside_each_other_share_a_ledger_however_their_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "runs" / "x"
+    run.mkdir(parents=True)
+    monkeypatch.chdir(run)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for folder in (Path("."), Path("../x"), run):
+        assert Gate.configured(folder).ledger == tmp_path / "runs" / "ledger.jsonl"
+    assert Gate.configured(run, "~/claim.jsonl").ledger == tmp_path / "claim.jsonl"
+
+
 def test_the_plan_stands_in_the_ledger_before_the_first_prompt_is_handed_out(lab: Lab) -> None:
     gate = lab.gate("run")
     with gate.test((MEAN,), Population(KEYS), FILES, PROVENANCE) as trial:

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,25 @@ def test_an_edited_record_is_noticed_although_its_own_hash_was_made_anew(
     write_json(run / RECORD_FILE, record)
     assert main(["verify", str(run / RECORD_FILE)]) == 5
     assert "FAILED" in capsys.readouterr().out
+
+
+def test_the_page_is_compared_and_the_ledger_may_lie_elsewhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = passing_run(tmp_path / "one")
+    assert main(["human", str(run), str(fill(run, []))]) == PASSED
+    moved = tmp_path / "two" / "run"
+    shutil.copytree(run, moved)
+    (moved.parent / "ledger.jsonl").write_text("another project's")
+    verify = ["verify", str(moved / RECORD_FILE), "--ledger", str(run.parent / "ledger.jsonl")]
+    assert main(verify) == PASSED
+    page = moved / "human_certificate.md"
+    text = page.read_text()
+    page.write_bytes(text.replace("\n", "\r\n").encode())  # as another system may keep it
+    assert main(verify) == PASSED
+    page.write_text(text.replace("30%", "3%"))
+    assert main(verify) == 5
+    assert re.search("FAILED +the page human_certificate.md", capsys.readouterr().out)
 
 
 def test_nothing_can_be_committed_to_afterwards(

@@ -107,6 +107,11 @@ def test_an_impossible_beta_is_refused(mean: float, std: float) -> None:
         beta_sampler(mean, std, -1.0, 1.0)
 
 
+def test_a_range_beside_which_the_spread_is_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match="no cost in"):
+        beta_sampler(0.0, 1.0, -1e300, 1e300)
+
+
 def test_an_exact_bound_keeps_its_promise_in_the_simulation() -> None:
     constraint = Constraint(
         "mean", 0.0, delta=0.1, safety_prompts=1000, bound=Betting(), lower=-1.0, upper=1.0

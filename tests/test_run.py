@@ -1114,8 +1114,11 @@ def test_a_folder_in_which_another_process_trains_is_refused(
     quick = ["--trainer.limit_train_batches", "1"]
     with FileLock(root / ".fit.lock"):
         assert fit_stage(demo, "sft", root, *quick) == 2
-        assert f"another process is training in {root}" in capsys.readouterr().err
+        assert f"another process trains or tests in {root}" in capsys.readouterr().err
         assert {path.name for path in root.iterdir()} <= {".fit.lock"}
+    with FileLock(demo / "sft" / ".fit.lock"):
+        assert run_stage("test", demo, "sft", demo / "sft") == 2
+        assert "another process trains or tests in" in capsys.readouterr().err
     assert fit_stage(demo, "sft", root, *quick) == PASSED
     assert not (root / ".fit.lock").exists()
 
