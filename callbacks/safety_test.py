@@ -164,7 +164,7 @@ class SafetyTest(Callback):
         updates = cast(SafetyTestable, pl_module).updates
         folder = self._folder(trainer)
         data = self._data(trainer)
-        trained = updates >= data.updates
+        trained = updates >= data.updates or getattr(pl_module, "over", False)
         # Without a checkpoint a run can only be repeated, and finds its own plan again in the end.
         if not trained and (folder / CHECKPOINT).is_file() and self._gate(trainer).has_begun():
             this = f"has only {updates} of {data.updates} updates behind it"

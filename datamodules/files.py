@@ -26,11 +26,15 @@ class EncodedLoading(LightningDataModule):
         name: str,
         batch_size: int,
         seed: int | None = None,
+        shared: bool = False,
         batch_sampler: Callable[[int], Sampler[list[int]]] | None = None,
     ) -> DataLoader[Any]:
         """A loader of encoded batches, shuffled with `seed` (None: in order).
 
         Examples whose prompt is too long are left out, and that is said.
+
+        Args:
+            shared: without `seed`, of several processes each reads its part.
 
         Raises:
             InputError: none is left.
@@ -58,6 +62,8 @@ class EncodedLoading(LightningDataModule):
             options["batch_sampler"] = batch_sampler(len(encoded))
         else:
             options["batch_size"] = batch_size
+            if shared and rank_and_size()[1] > 1:
+                options["sampler"] = ShareSampler(len(encoded))
             if seed is not None:
                 options["sampler"] = EpochSampler(
                     len(encoded), seed, lambda: self._batches_done() * batch_size
@@ -90,10 +96,7 @@ class EpochSampler(DistributedSampler[int]):
         # leaves a sampler of it alone.
         Sampler.__init__(self)
         self.rank, self.num_replicas = rank_and_size()
-        if examples < self.num_replicas:
-            raise InputError(
-                f"{examples} examples cannot be shared by {self.num_replicas} processes"
-            )
+        require_one_each(examples, self.num_replicas)
         self.examples, self.seed, self.done = examples, seed, done
         self.epoch = 0
 
@@ -108,6 +111,34 @@ class EpochSampler(DistributedSampler[int]):
         order = shuffled(self.examples, self.seed, "order", self.epoch).tolist()
         own = order[self.rank : len(self) * self.num_replicas : self.num_replicas]
         yield from own[self.done() :]
+
+
+class ShareSampler(DistributedSampler[int]):
+    """Every held-out example once: of several processes each takes every so manieth.
+
+    Lightning's own repeats some where they cannot be shared evenly, and figures would count them
+    twice.
+
+    Raises:
+        InputError: there are fewer examples than processes.
+    """
+
+    def __init__(self, examples: int) -> None:
+        Sampler.__init__(self)  # as `EpochSampler`
+        self.rank, self.num_replicas = rank_and_size()
+        require_one_each(examples, self.num_replicas)
+        self.own = range(self.rank, examples, self.num_replicas)
+
+    def __len__(self) -> int:
+        return len(self.own)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.own)
+
+
+def require_one_each(examples: int, processes: int) -> None:
+    if examples < processes:
+        raise InputError(f"{examples} examples cannot be shared by {processes} processes")
 
 
 def check_batch_size(value: int, name: str = "batch_size") -> int:

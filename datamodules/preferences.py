@@ -93,7 +93,7 @@ class Preferences(EncodedLoading):
         return self.loader(self.training, "training", self.batch_size, seed=self.seed)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        return self.loader(self.validation, "validation", self.batch_size)
+        return self.loader(self.validation, "validation", self.batch_size, shared=True)
 
     test_dataloader = predict_dataloader = val_dataloader
 

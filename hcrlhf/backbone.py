@@ -138,7 +138,7 @@ class Backbone(nn.Module):
 
     def __init__(self, causal_lm: Any, quantized: bool = False, full: bool = False) -> None:
         super().__init__()
-        for key in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        for key in ("final_logit_softcapping", "logits_soft_cap", "logit_scale", "logits_scaling"):
             value = getattr(causal_lm.config.get_text_config(), key, None)
             if value not in (None, 1.0):
                 raise InputError(

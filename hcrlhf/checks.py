@@ -16,7 +16,7 @@ from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Prompt
 from hcrlhf.gate import Population
-from hcrlhf.machine import model_config, require_positions
+from hcrlhf.machine import model_config, require_plain_base, require_positions
 from hcrlhf.pessimism import LOOK
 from hcrlhf.rows import FORMATS
 from hcrlhf.safety import HoldsSafetyPrompts
@@ -56,9 +56,11 @@ def checks(config: Config, base: Base) -> list[Finding]:
     """Tokenizer, earlier stages, data and the limits, as far as they can be looked at from here."""
     encoder, found = _tokenizer(base)
     try:
-        require_positions(model_config(base.source), base.chat)
+        own = model_config(base.source)
+        require_plain_base(base.source, own)
+        require_positions(own, base.chat)
     except InputError as error:
-        found.append(Finding("lengths", False, str(error)))
+        found.append(Finding("base model", False, str(error)))
     stages, wrong = stages_of(config)
     found += [*_unfinished(wrong), *_one_base(stages, base)]
     if kind(config) != "Policy":

@@ -351,6 +351,11 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification
     from transformers.utils import logging
 
+    if (Path(source) / "adapter_config.json").is_file():
+        raise InputError(
+            f"{source} holds an adapter and not a whole model; merge it first (hcrlhf export), or "
+            "name its base model"
+        )
     _require_tokenizer_files(source)
     tokenizer = load_tokenizer(source)
     options: dict[str, Any] = {"num_labels": 1} if new_head else {}

@@ -149,14 +149,21 @@ def constraints_of(config: Config) -> list[Constraint]:
     return [Constraint(**options) for options in plain]
 
 
+def callbacks_of(config: Config) -> list[Config]:
+    """The trainer's callbacks; a single one need not stand in a list."""
+    given = config["trainer"].get("callbacks") or []
+    return given if isinstance(given, list) else [given]
+
+
 def gate_of(config: Config) -> Gate | None:
     """The gate of the config's safety test; None without one."""
-    for callback in config["trainer"].get("callbacks") or []:
+    for callback in callbacks_of(config):
         if callback["class_path"].rpartition(".")[2] == "SafetyTest":
             options = dict(callback.get("init_args") or {})
             known = ("ledger", "schedule", "sequential", "continues")
             given = {name: options[name] for name in known if name in options}
-            return Gate.configured(Path(config["trainer"]["default_root_dir"]), **given)
+            folder = Path(config["trainer"]["default_root_dir"]).expanduser()
+            return Gate.configured(folder, **given)
     return None
 
 

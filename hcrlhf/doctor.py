@@ -13,7 +13,7 @@ from typing import Any
 
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.checks import MARKS, checks
-from hcrlhf.configured import Base, Config, base_of, kind, lora_of
+from hcrlhf.configured import Base, Config, base_of, callbacks_of, kind, lora_of
 from hcrlhf.errors import InputError
 from hcrlhf.footprint import Footprint, Sizes, footprint
 from hcrlhf.machine import model_config
@@ -87,7 +87,7 @@ def sizes_of(config: Config, base: Base) -> Sizes:
         critics=critics if critic == "separate" else 0,
         merged=on_cpu and plain,
         unpacked=model["unpacked_rollouts"],
-        test_rows=_test_rows(trainer.get("callbacks") or [], model["rollout_batch_size"]),
+        test_rows=_test_rows(callbacks_of(config), model["rollout_batch_size"]),
         **common,
     )
 

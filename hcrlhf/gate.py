@@ -105,7 +105,7 @@ class Gate:
         # The parent of "." is "." and a linked folder's is where the link lies.
         beside = Path(os.path.abspath(folder)).parent / LEDGER_FILE
         path = Path(ledger).expanduser() if ledger else beside
-        earlier = Path(continues) if continues else None
+        earlier = Path(continues).expanduser() if continues else None
         return Gate(folder, path, schedule, sequential, earlier, human)
 
     # -- before training -----------------------------------------------------------------------

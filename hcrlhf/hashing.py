@@ -134,10 +134,11 @@ def read_json(path: Path) -> Any:
 
 def parse_json(text: bytes) -> Any:
     """The value of JSON in which no key stands twice and no number is NaN; else a ValueError."""
-    return json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=unique_keys, parse_constant=_no_constant)
 
 
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON's object, for `object_pairs_hook`; a ValueError where a key stands twice."""
     record = dict(pairs)
     if len(record) != len(pairs):
         raise ValueError("a key stands twice")

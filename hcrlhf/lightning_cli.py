@@ -27,6 +27,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.plugins import BitsandbytesPrecision
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 from lightning.pytorch.utilities.rank_zero import (
     rank_zero_info,
@@ -290,6 +291,8 @@ class CLI(LightningCLI):
                 f"precision {trainer.precision} scales the loss, and the gradients with it, which "
                 "a limit on their norm would then cut; use bf16-mixed or 32-true"
             )
+        # As Lightning's trainer does, which would find another folder than what is checked here.
+        trainer.default_root_dir = os.path.expanduser(trainer.default_root_dir)
         folder = Path(trainer.default_root_dir)
         if self.subcommand != "validate":
             require_writable(folder, "trainer.default_root_dir")
@@ -309,6 +312,7 @@ class CLI(LightningCLI):
         text = self.parser.dump(self.config, format="json", skip_none=False)
         run = resume.describe(json.loads(text)[command])
         self.save_config_kwargs = {"run": run}
+        self._changed = True
         given = config.get("ckpt_path")
         options = config.model.get("init_args", {})
         policy = options.get("policy")
@@ -321,11 +325,20 @@ class CLI(LightningCLI):
                 "test without a policy would spend δ on one that was never trained; give "
                 "--ckpt_path or --policy FOLDER"
             )
+        if command in ("validate", "predict") and "policy" in options and given is policy is None:
+            if (folder / resume.FILE).is_file() or (folder / "policy").is_dir():
+                raise InputError(
+                    f"{command} without --ckpt_path would measure the supervised policy, and "
+                    f"{folder} holds a trained one; give --ckpt_path last, or another "
+                    "trainer.default_root_dir"
+                )
+            rank_zero_info("no checkpoint is given: the supervised policy answers")
         checkpoint = resume.find(given, folder, command)
         # A file also for "last", so that the two behave alike.
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None:
             changes = resume.check(checkpoint, run, command)
+            self._changed = bool(changes)
             if command == "fit":
                 rank_zero_info(f"the run goes on from {checkpoint}")
             for change in changes:
@@ -374,6 +387,8 @@ class CLI(LightningCLI):
         """Settings of the trainer that cannot reach a module which steps by itself."""
         self._require_no_verdict()
         self._require_card()
+        if isinstance(self.model, Policy):
+            self.model.settings_changed = self._changed
         if self.model.automatic_optimization:
             return
         if self.trainer.gradient_clip_val is not None:
@@ -405,9 +420,15 @@ class CLI(LightningCLI):
         if any(isinstance(plugin, BitsandbytesPrecision) for plugin in plugins):
             raise InputError(QUANTISES_ADAPTERS)
         try:
-            return super().instantiate_trainer(**kwargs)
-        except (ValueError, ImportError) as error:  # what Lightning's trainer itself refuses
+            trainer = super().instantiate_trainer(**kwargs)
+        except (ValueError, ImportError, RuntimeError) as error:  # what Lightning itself refuses
             raise InputError(f"trainer: {one_line(error)}") from error
+        if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+            raise InputError(
+                f"trainer.strategy {config.strategy} starts processes that leave their weights to "
+                "this one, which has built no model; set trainer.strategy: ddp"
+            )
+        return trainer
 
 
 def run(arguments: Sequence[str]) -> int:

@@ -45,6 +45,7 @@ def require(
             bitsandbytes that works on the device, or LoRA without a layer to adapt.
     """
     config = model_config(source)
+    require_plain_base(source, config)
     require_positions(config, chat)
     if source.quantization == "nf4":
         require_four_bits(device)
@@ -52,6 +53,30 @@ def require(
         require_eight_bits(optimizer, device)
     if lora is not None:
         require_targets(config, lora.target_modules)
+
+
+# Their states are no cache of keys and values that `rollouts.sample` could go on from.
+RECURRENT = ("rwkv", "mamba", "mamba2", "falcon_mamba", "recurrent_gemma")
+
+
+def require_plain_base(source: BackboneSource, config: Any) -> None:
+    """
+    Raises:
+        InputError: the base is quantised already, or is of a kind that this backbone cannot read.
+    """
+    if config.model_type in RECURRENT:
+        raise InputError(
+            f"{source.model} is a {config.model_type}, which keeps no keys and values of what it "
+            "has read, so that no responses could be drawn from it here; take another model"
+        )
+    own = getattr(config, "quantization_config", None)
+    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", "")
+    if own is not None and not (source.quantization == "nf4" and "bitsandbytes" in str(method)):
+        raise InputError(
+            f"{source.model} is quantised already ({method}), and quantization is "
+            f"{source.quantization}; take the base in full precision"
+            + (", or set quantization: nf4" if "bitsandbytes" in str(method) else "")
+        )
 
 
 def require_positions(config: Any, chat: ChatFormat) -> None:
@@ -71,6 +96,20 @@ def require_positions(config: Any, chat: ChatFormat) -> None:
             f"{chat.max_response_tokens} make texts of up to {needed} tokens, and the model has "
             f"{positions} positions (max_position_embeddings); lower one of the two in the "
             "supervised stage"
+        )
+
+
+def require_vocabulary(config: Any, tokenizer: Any) -> None:
+    """
+    Raises:
+        InputError: the tokenizer has tokens for which the model has no embedding.
+    """
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:
+        last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+        raise InputError(
+            f"the tokenizer has {len(tokenizer)} tokens, up to {last!r}, and the model embeddings "
+            f"for {rows} (vocab_size); take the tokenizer that the model came with"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from hcrlhf.errors import InputError
 from hcrlhf.rollouts import Decoding
-from hcrlhf.text import TextEncoder, load_tokenizer, one_line
+from hcrlhf.text import TextEncoder, load_tokenizer, one_line, tokenizer_rules
 
 GENERATION_FILE = "generation_config.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -66,7 +66,7 @@ def _require_same_tokenizer(folder: Path, encoder: TextEncoder) -> None:
             f"policy: the tokenizer in {folder} has another vocabulary than that of {tested}, "
             "whose cost model would read other tokens"
         )
-    if changed := _differing(_rules(own), _rules(encoder.tokenizer)):
+    if changed := _differing(tokenizer_rules(own), tokenizer_rules(encoder.tokenizer)):
         raise InputError(
             f"policy: the tokenizer in {folder} reads texts otherwise than that of {tested} "
             f"({', '.join(changed)} differ), so that it would see other prompts than in the test; "
@@ -77,13 +77,6 @@ def _require_same_tokenizer(folder: Path, encoder: TextEncoder) -> None:
             f"policy: the tokenizer in {folder} has another chat template than the test asks with; "
             f"save the tokenizer of {tested} in it, or name a supervised stage with that template"
         )
-
-
-def _rules(tokenizer: Any) -> dict[str, Any]:
-    """How texts become tokens; padding and truncation are set by each use."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = {} if backend is None else json.loads(backend.to_str())
-    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
 
 
 def _differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:

@@ -306,15 +306,15 @@ def check(path: Path, run: Settings, command: str) -> list[Change]:
     done = checkpoint.get("policy", {}).get("updates", 0)
     updates = _get(run["settings"], "data.init_args.updates")
     # In the middle of a run Lightning would begin another pass of so many updates.
-    if updates is not None and updates < done + (not _is_over(checkpoint)):
+    if updates is not None and updates < done + (not is_over(checkpoint)):
         raise InputError(
             f"data.init_args.updates is {updates}, and {path} has {done} behind it; give "
-            f"{'at least as many' if _is_over(checkpoint) else 'more'}"
+            f"{'at least as many' if is_over(checkpoint) else 'more'}"
         )
     return found
 
 
-def _is_over(checkpoint: Mapping[str, Any]) -> bool:
+def is_over(checkpoint: Mapping[str, Any]) -> bool:
     """Whether it was written at the end of a policy run, which is one epoch."""
     return bool(checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"])
 

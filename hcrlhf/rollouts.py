@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -218,7 +218,8 @@ def sample(
                 break
             if keep.float().mean() < COMPACT_BELOW:
                 rows, mask, position, chosen = rows[keep], mask[keep], position[keep], chosen[keep]
-                cache.batch_select_indices(keep.nonzero()[:, 0])
+                # Not batch_select_indices, which states of linear attention do not have.
+                cache.reorder_cache(cast(Any, keep.nonzero()[:, 0]))
             ids = chosen[:, None]
     if bool(broken):  # asked once a rollout, since asking waits for the device
         raise FloatingPointError("the policy gives no probabilities: NaN or infinite logits")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import tempfile
 from pathlib import Path
@@ -46,7 +47,10 @@ def read_rows(source: str, split: str = "train", expected: str = "a file of exam
             # A cache of our own for the moment: a file that was changed in place is read again.
             with tempfile.TemporaryDirectory() as cache:
                 loaded = datasets.load_dataset(
-                    FORMATS[suffix], data_files=str(path), split="train", cache_dir=cache
+                    FORMATS[suffix],
+                    data_files=glob.escape(str(path)),  # a name, and no pattern
+                    split="train",
+                    cache_dir=cache,
                 )
                 rows: list[Row] = loaded.to_list()
         else:
@@ -93,10 +97,10 @@ def text_field(row: Row, field: str, source: str, index: int) -> str:
 def parse_dialogue(text: str, path: str, index: int) -> tuple[Message, ...]:
     """The turns of "\\n\\nHuman: … \\n\\nAssistant: …"; the last one is the assistant's.
 
-    Two turns of one speaker in a row are one turn.
+    Two turns of one speaker in a row are one turn; what stands before the first is left out.
 
     Raises:
-        InputError: it does not begin with Human or not end with Assistant.
+        InputError: its first turn is not Human's, or its last not Assistant's.
     """
     parts = TURN.split(text)
     turns: list[Message] = []

@@ -73,6 +73,7 @@ class Stage:
         fingerprint: SHA-256 of those weights and their config.
         adapter: True where the folder holds a LoRA adapter, False where it is a whole model.
         chat: template, system prompt and lengths.
+        tokens: `TextEncoder.identity` of its tokenizer and template; None: not known.
         moments: of the scores, where the role scores.
         calibration: slope and intercept of P(harmful) = σ(a c + b), for a cost model.
         squash: S of the cost c' = S tanh(c / S) that policy and safety test see; None: c itself.
@@ -85,6 +86,7 @@ class Stage:
     fingerprint: str
     adapter: bool
     chat: ChatFormat
+    tokens: str | None = None
     moments: ScoreMoments | None = None
     calibration: dict[str, float] | None = None
     squash: float | None = None
@@ -169,6 +171,7 @@ def read_stage(folder: str, expected: Role, slot: str) -> Stage:
             fingerprint=record["fingerprint"],
             adapter=record["adapter"],
             chat=ChatFormat(**record["chat"]),
+            tokens=record.get("tokens"),
             **_of_scores(record),
         )
     _require_role(slot, folder, stage.role, expected)
@@ -303,6 +306,11 @@ def require_same_base(stages: Mapping[str, Stage]) -> Stage:
                     f"{first_slot} and {slot} differ in {name}: {ours!r} and {theirs!r}; "
                     f"train {slot} again on the backbone of {first_slot}"
                 )
+        if None not in (first.tokens, stage.tokens) and first.tokens != stage.tokens:
+            raise InputError(
+                f"{first_slot} and {slot} were trained with another tokenizer or chat template "
+                f"(that of the base model has changed); train {slot} again after {first_slot}"
+            )
     return first
 
 

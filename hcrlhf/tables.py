@@ -18,7 +18,7 @@ import numpy as np
 from hcrlhf.certificate import environment, make_certificate, published_key
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import file_sha256, sha256
+from hcrlhf.hashing import file_sha256, sha256, unique_keys
 from hcrlhf.methods import Betting
 from hcrlhf.safety import CostSamples
 from hcrlhf.samples import Floats
@@ -83,8 +83,12 @@ def read_table(
     rows = list(_rows(path))
     if not rows:
         raise InputError(f"{path} has no rows")
-    # Fields beyond the last column of a csv stand under None.
-    columns = tuple(dict.fromkeys(name for row in rows for name in row if name is not None))
+    # Fields of a csv beyond its last column stand under None.
+    if surplus := [number for number, row in enumerate(rows, start=1) if None in row]:
+        raise InputError(
+            f"{path}, row {surplus[0]}: more fields than the head has columns (a decimal comma?)"
+        )
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
     if cost not in columns:
         raise InputError(
             f"{path} has no column {cost!r}; its columns are {', '.join(columns)} "
@@ -158,7 +162,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 return
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    row = json.loads(line)
+                    row = json.loads(line, object_pairs_hook=unique_keys)
                     if not isinstance(row, dict):
                         raise InputError(f"{path}, line {number}: expected a JSON object")
                     yield row

@@ -8,6 +8,7 @@ token is its EOS token is no special case.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch.nn.functional import pad
 
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Message
+from hcrlhf.hashing import json_hash
 
 # For tokenizers that bring no chat template. The newline after "Assistant:" keeps the first word
 # of a response a word of its own in every tokenizer.
@@ -214,6 +216,10 @@ class TextEncoder:
         self.pad_id: int = tokenizer.pad_token_id
         self.stop_ids = [self.eos_id, *map(self._stop_id, chat.stop_tokens)]
 
+    def identity(self) -> str:
+        """SHA-256 of what makes tokens of dialogues: the template, and the tokenizer's rules."""
+        return json_hash([self.template, tokenizer_rules(self.tokenizer)])
+
     def _stop_id(self, token: str) -> int:
         found: Any = self.tokenizer.get_vocab().get(token)
         if found is None:
@@ -225,11 +231,14 @@ class TextEncoder:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Ids of the dialogue up to where the assistant's next response begins."""
+        return self._ids(self._rendered(messages))
+
+    def _rendered(self, messages: Sequence[Message]) -> str:
         dialogue = [dict(m) for m in messages]
         if self.chat.system_prompt is not None:
             dialogue.insert(0, {"role": "system", "content": self.chat.system_prompt})
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 dialogue,
                 chat_template=self.template,
                 add_generation_prompt=True,
@@ -239,19 +248,23 @@ class TextEncoder:
             raise InputError(
                 f"the chat template cannot render {dialogue[0]['role']!r} as first turn: {error}"
             ) from error
-        return self._ids(text)
+        return text
 
     def encode(self, messages: Sequence[Message], response: str | None) -> Encoded | None:
         """Ids of prompt and response (None: a bare prompt), or None where the prompt is too long.
 
         A response that fits is followed by EOS; a cut one is not.
         """
-        prompt = self.prompt_ids(messages)
+        text = self._rendered(messages)
+        prompt = self._ids(text)
         if len(prompt) > self.chat.max_prompt_tokens:
             return None
         if response is None:
             return Encoded(prompt, [])
-        ids = [*self._ids(response), self.eos_id]
+        # In its place: SentencePiece begins a text of its own with a space that is not in it.
+        whole = self._ids(text + response)
+        joined = whole[: len(prompt)] == prompt
+        ids = [*(whole[len(prompt) :] if joined else self._ids(response)), self.eos_id]
         limit = self.chat.max_response_tokens
         return Encoded(prompt, ids[:limit], truncated=len(ids) > limit)
 
@@ -269,6 +282,13 @@ class TextEncoder:
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
+
+
+def tokenizer_rules(tokenizer: Any) -> dict[str, Any]:
+    """How texts become tokens; padding and truncation are set by each use."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = {} if backend is None else json.loads(backend.to_str())
+    return {name: rule for name, rule in rules.items() if name not in ("padding", "truncation")}
 
 
 def load_tokenizer(folder: str, revision: str | None = None) -> Any:

@@ -79,6 +79,7 @@ class StageModule(LightningModule):
         self.optimizer = optimizer
         self._rates: list[float] = []  # of each parameter group, as the config says
         self._unfinished: Role | None = None  # the stage that this run folder does not hold yet
+        self._measured_at = -1  # the step after which held-out figures were measured
         self._rng: dict[str, Any] | None = None  # of the checkpoint that the fit goes on from
 
     @property
@@ -167,6 +168,11 @@ class StageModule(LightningModule):
         """The optimizer with its learning-rate schedule, as Lightning takes them."""
         from transformers import get_scheduler
 
+        if math.isinf(self.trainer.estimated_stepping_batches):
+            raise InputError(
+                f"trainer.max_epochs {self.trainer.max_epochs} has no end, and the schedule of the "
+                "learning rate asks for the number of steps; set trainer.max_epochs or max_steps"
+            )
         steps = int(self.trainer.estimated_stepping_batches)
         self._rates = [float(group["lr"]) for group in optimizer.param_groups]
         # Hugging Face's "constant" leaves the warm-up out.
@@ -213,6 +219,13 @@ class StageModule(LightningModule):
         if self.trainer.strategy.reduce_boolean_decision(bad, all=False):
             raise InputError(f"the loss is not finite after step {self.global_step}; {LOWER}")
 
+    def measure_last_weights(self) -> None:
+        """Validates once more where training ended between two validations."""
+        if self._measured_at != self.global_step and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.trainer.validating = True
+            self.trainer.fit_loop.epoch_loop.val_loop.run()
+            self.trainer.training = True
+
     def may_save_stage(self) -> bool:
         """Whether this process writes the stage's folder, at the end of training.
 
@@ -222,11 +235,21 @@ class StageModule(LightningModule):
         if self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             rank_zero_info("fast_dev_run: no stage is written")
             return False
-        if not all(bool(weight.isfinite().all()) for weight in self.trained()):
-            raise InputError(f"the trained weights are not finite, so no stage is written; {LOWER}")
+        self._require_finite_weights("stage")
         return bool(self.trainer.is_global_zero)
 
+    def _require_finite_weights(self, what: str) -> None:
+        """
+        Raises:
+            InputError: training has made weights that nothing can be done with.
+        """
+        if not all(bool(weight.isfinite().all()) for weight in self.trained()):
+            raise InputError(
+                f"the trained weights are not finite, so no {what} is written; {LOWER}"
+            )
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._require_finite_weights("checkpoint")  # in the place of one that is
         checkpoint["rng"] = processes.gathered(rng_state(self.device))  # of each process
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

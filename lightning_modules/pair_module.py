@@ -91,7 +91,6 @@ class PairModule(StageModule):
         self.report: dict[str, float] = {}
         self.moments: ScoreMoments | None = None
         self.calibration: preferences.Calibration | None = None
-        self._measured_at = -1  # the step after which the moments were measured
         self._seen_keys: set[str] = set()
         self._probe: Any = None
 
@@ -225,11 +224,7 @@ class PairModule(StageModule):
     # -- the end -------------------------------------------------------------------------------
 
     def on_train_end(self) -> None:
-        if self._measured_at != self.global_step and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            # Training ended between two validations, and moments are those of the weights saved.
-            self.trainer.validating = True
-            self.trainer.fit_loop.epoch_loop.val_loop.run()
-            self.trainer.training = True
+        self.measure_last_weights()
         if self.may_save_stage():
             self.save_stage()
 

@@ -27,7 +27,7 @@ from hcrlhf.pessimism import LOOK, check_validation_prompts
 from hcrlhf.phases import Phases
 from hcrlhf.ppo import PPO, explained_variance, k3
 from hcrlhf.refusals import is_refusal
-from hcrlhf.resume import packed_keys, unpacked_keys
+from hcrlhf.resume import is_over, packed_keys, unpacked_keys
 from hcrlhf.rollouts import Decoding, Rollout, response_seed, shuffled
 from hcrlhf.safety import HoldsSafetyPrompts
 from hcrlhf.scorers import Scorer, Slot, measured_moments
@@ -183,7 +183,7 @@ class Policy(ScoredPolicy):
 
     def _check_trainer(self, stage: str) -> None:
         super()._check_trainer(stage)
-        if self.trainer.max_steps != -1:
+        if self.trainer.max_steps != -1 and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise InputError(
                 f"max_steps {self.trainer.max_steps} would count optimizer steps, not updates; "
                 "set data.init_args.updates instead"
@@ -674,7 +674,10 @@ class Policy(ScoredPolicy):
         if self.adaptive_kl is not None:  # a fixed one is taken from the config alone
             self.kl_coefficient = float(state["kl_coefficient"])
         trainer: Any = self.trainer
-        if self.updates < getattr(trainer.datamodule, "updates", 0):
-            # The one epoch may have ended already, at a smaller number of updates: it goes on.
+        unfinished = self.updates < getattr(trainer.datamodule, "updates", 0)
+        # The one epoch may have ended already: by max_time or a callback, and then the run is over.
+        # With settings that have changed (more updates, more time) it goes on.
+        self.over = unfinished and is_over(checkpoint) and not self.settings_changed
+        if unfinished and not self.over:
             for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
                 counts["processed"] = counts["completed"]

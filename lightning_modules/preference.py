@@ -144,6 +144,7 @@ class Preference(PairModule, AdapterModule):
             fingerprint=self.sft_stage.fingerprint,
             adapter=True,
             chat=self.sft_stage.chat,
+            tokens=self.encoder.identity(),
             **measured,
         )
         write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.sft))

@@ -149,6 +149,8 @@ class ScoredPolicy(AdapterModule):
         self._other: Backbone | None = None  # a given policy that is a whole model
         self.updates = 0
         self.candidate: int | None = None  # the update whose policy is tested; None: the last one
+        self.settings_changed = True  # since the checkpoint from which a fit goes on
+        self.over = False  # whether that fit had ended before all its updates
         self.checkpoint_prompts: frozenset[str] = frozenset()  # that a loaded checkpoint has seen
         self._stage_prompts: frozenset[str] | None = None
         self._cost_files: dict[str, str] = {}

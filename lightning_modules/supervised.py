@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from hcrlhf import optimizers
+from hcrlhf import machine, optimizers
 from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Demonstration, require_kind
@@ -62,14 +62,16 @@ class Supervised(AdapterModule):
         self.group_size = check_size(group_size, "group_size")
         self.source = BackboneSource(model, quantization, dtype, revision)
         self.validation_loss = MeanMetric()
+        self._held_out: float | None = None  # on held-out demonstrations, as measured last
         self._seen_keys: set[str] = set()
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
         self.finished = self.read_own_stage(stage, "sft")
         self.require_machine(self.source, self.chat, self.lora)
-        self.fingerprint = fingerprint(self.source.folder)
         self.encoder = TextEncoder(load_tokenizer(self.source.folder), self.chat)
+        machine.require_vocabulary(machine.model_config(self.source), self.encoder.tokenizer)
+        self.fingerprint = fingerprint(self.source.folder)
 
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
@@ -115,6 +117,13 @@ class Supervised(AdapterModule):
         self.validation_loss.update(self._loss(batch), batch.response_mask.sum())
         self.log("val/loss", self.validation_loss, prog_bar=True, batch_size=len(batch))
 
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self._held_out, self._measured_at = (
+                float(self.validation_loss.compute()),
+                self.global_step,
+            )
+
     test_step = validation_step
 
     def predict_step(self, batch: Tokens, batch_idx: int) -> Tensor:
@@ -122,6 +131,7 @@ class Supervised(AdapterModule):
         return self(batch).sum(dim=1)
 
     def on_train_end(self) -> None:
+        self.measure_last_weights()
         if self.may_save_stage():
             self.save_stage()
 
@@ -136,13 +146,13 @@ class Supervised(AdapterModule):
             self.backbone.save_full(folder)
             source = BackboneSource(str(folder))
         self.encoder.tokenizer.save_pretrained(str(folder))
-        loss = self.trainer.callback_metrics.get("val/loss")
         stage = Stage(
             role="sft",
             backbone=source,
             fingerprint=fingerprint(str(folder)) if self.lora is None else self.fingerprint,
             adapter=self.lora is not None,
             chat=self.chat,
-            metrics={} if loss is None else {"loss": float(loss)},
+            tokens=self.encoder.identity(),
+            metrics={} if self._held_out is None else {"loss": self._held_out},
         )
         write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.source.folder))

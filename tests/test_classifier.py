@@ -204,6 +204,14 @@ def test_positions_that_are_the_padding_s_are_not_read() -> None:
         roberta(torch.full((1, 33), 5))
 
 
+def test_an_adapter_is_no_classifier(encoder_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    shutil.copytree(encoder_folder, folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds an adapter and not a whole model; merge it first"):
+        load_classifier(str(folder), new_head=True)
+
+
 def test_several_labels_need_one_to_be_named(encoder_folder: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 

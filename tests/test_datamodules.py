@@ -10,6 +10,7 @@ import pytest
 
 from datamodules import Demonstrations, Preferences, Prompts
 from datamodules.demonstrations import read_demonstrations
+from datamodules.files import ShareSampler
 from datamodules.preferences import read_pairs
 from datamodules.prompts import UpdateSampler
 from hcrlhf.errors import InputError
@@ -66,6 +67,28 @@ def test_a_context_follows_its_prompt(tmp_path: Path) -> None:
     assert read_demonstrations(path, "instruction", "response")[0].text == "Sum up."
     with pytest.raises(InputError, match="has no column 'text'"):
         read_demonstrations(path, "instruction", "response", "text")
+
+
+def test_the_name_of_a_file_is_no_pattern(tmp_path: Path) -> None:
+    folder = tmp_path / "[v2] data"
+    folder.mkdir()
+    write(folder / "q1.jsonl", [{"prompt": "another file"}])
+    path = write(folder / "q[1].jsonl", [{"prompt": "this file"}])
+    assert read_rows(path) == [{"prompt": "this file"}]
+
+
+def test_of_held_out_examples_each_process_reads_its_own_and_none_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = []
+    for rank in range(2):
+        monkeypatch.setattr("datamodules.files.rank_and_size", lambda r=rank: (r, 2))
+        sampler = ShareSampler(5)
+        own.append(list(sampler))
+        assert len(sampler) == len(own[-1])
+    assert own == [[0, 2, 4], [1, 3]]
+    with pytest.raises(InputError, match="1 examples cannot be shared by 2 processes"):
+        ShareSampler(1)
 
 
 def test_a_file_changed_in_place_is_read_again(tmp_path: Path) -> None:

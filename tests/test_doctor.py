@@ -279,9 +279,9 @@ def test_a_token_that_ends_the_models_own_answers_but_not_ours_is_named(
 
 def test_texts_that_are_longer_than_the_model_reads_are_named(run: Run) -> None:
     run.stage("sft", chat=ChatFormat(480, 32))
-    assert not any(" lengths: " in line for line in run.policy())
+    assert not any(" base model: " in line for line in run.policy())
     run.stage("sft", chat=ChatFormat(480, 33))
-    (line,) = [line for line in run.policy() if " lengths: " in line]
+    (line,) = [line for line in run.policy() if " base model: " in line]
     assert line.startswith("NOT ") and "of up to 513 tokens" in line
 
 

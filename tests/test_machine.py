@@ -1,7 +1,9 @@
 """What a machine or a model cannot do is said before a weight is read."""
 
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -107,6 +109,43 @@ def test_positions_are_those_that_a_model_says_it_has() -> None:
     machine.require_positions(BloomConfig(), ChatFormat(10**6, 10**6))  # ALiBi: without an end
     with pytest.raises(InputError, match="of up to 65 tokens, and the model has 64 positions"):
         machine.require_positions(GPT2Config(n_positions=64), ChatFormat(33, 32))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "rwkv"}, "is a rwkv, which keeps no keys and values"),
+        (
+            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            r"already \(bitsandbytes\), and quantization is none; .* set quantization: nf4",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "is quantised already .gptq., and"),
+    ],
+)
+def test_a_base_that_cannot_be_read_here(change: dict[str, Any], message: str) -> None:
+    given = {"model_type": "llama", **change}
+    with pytest.raises(InputError, match=message):
+        machine.require_plain_base(BackboneSource("base"), SimpleNamespace(**given))
+    machine.require_plain_base(BackboneSource("base"), SimpleNamespace(model_type="llama"))
+
+
+def test_a_base_in_4_bits_is_taken_as_what_it_is() -> None:
+    own = SimpleNamespace(model_type="llama", quantization_config={"quant_method": "bitsandbytes"})
+    machine.require_plain_base(BackboneSource("base", "nf4"), own)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(
+    fit: Any, model_folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[MINE]"})
+    tokenizer.save_pretrained(folder)
+    line = fit("--model.init_args.model", str(folder))
+    assert "tokens, up to '[MINE]', and the model embeddings for" in line
 
 
 def test_sampling_on_cuda_has_no_deterministic_form() -> None:

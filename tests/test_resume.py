@@ -636,6 +636,44 @@ def test_a_run_that_was_moved_goes_on_with_what_may_change_and_says_it(
     assert (root / "metrics.csv").is_file() and (root / "metrics-1.csv").is_file()
 
 
+def test_weights_that_are_not_finite_leave_the_checkpoint_that_there_is(
+    stages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_modules import Supervised
+
+    root = tmp_path / "sft"
+    more = [*TWICE, "--trainer.log_every_n_steps", "0"]
+    with broken(Supervised, "training_step", 3):
+        fit_stage(stages, "sft", root, *more)
+    last = root / "checkpoints" / "last.ckpt"
+    good = last.read_bytes()
+    wild = ["--model.init_args.learning_rate", "1e30", "--ckpt_path", "last"]
+    assert fit_stage(stages, "sft", root, *more, *wild) == 2
+    assert "weights are not finite, so no checkpoint is written" in capsys.readouterr().err
+    assert last.read_bytes() == good
+    assert fit_stage(stages, "sft", root, *more, "--ckpt_path", "last") == PASSED
+
+
+def test_a_run_that_a_limit_has_ended_is_tested_when_it_is_resumed(
+    stages: Path, tmp_path: Path
+) -> None:
+    from callbacks import SafetyTest
+
+    early = [LIMIT % 3.5, callbacks(), "--trainer.limit_train_batches", "3"]
+    whole, part = (tmp_path / name / "run" for name in ("whole", "part"))
+    assert fit(stages, whole, *early) == PASSED
+    with broken(SafetyTest, "_run", 1):
+        fit(stages, part, *early)
+    assert read(part / "verdict.json")["verdict"] == "NOT_TESTED"
+    # Nothing has changed: the run is over, and what was left of it is its test.
+    assert fit(stages, part, *early, "--ckpt_path", "last") == PASSED
+    for root in (whole, part):
+        state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
+        assert state["policy"]["updates"] == 3
+    ours, theirs = (read(root / "certificate.json") for root in (part, whole))
+    assert ours["data"]["costs"] == theirs["data"]["costs"]
+
+
 def test_a_run_that_ended_before_its_test_is_trained_longer(stages: Path, tmp_path: Path) -> None:
     more = [LIMIT % -2, callbacks(candidate_check=True), "--model.init_args.schedule", "constant"]
     longer = ["--data.init_args.updates", "8"]

@@ -349,6 +349,30 @@ def test_rows_that_have_ended_are_dropped_and_the_others_do_not_notice(
     assert not kept.truncated.all()
 
 
+def test_states_of_a_model_without_keys_and_values_in_every_layer_are_dropped_as_well() -> None:
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Lfm2Config(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+        initializer_range=0.3,
+    )
+    mixed = Backbone(Lfm2ForCausalLM(config).eval())
+    seeds = [response_seed("mixed", i) for i in range(20)]
+    dropped = sample(mixed, prompts([PROMPTS[0]] * 20), seeds, PLAIN, 8, STOPS, PAD)
+    alone = [sample(mixed, prompts(PROMPTS[:1]), [s], PLAIN, 8, STOPS, PAD) for s in seeds]
+    lengths = {int(one.response_mask.sum()) for one in alone}
+    assert len(lengths) > 2
+    for row, mask, one in zip(dropped.response_ids, dropped.response_mask, alone, strict=True):
+        assert torch.equal(row[mask], one.response_ids[one.response_mask])
+
+
 # transformers 5.23 has renamed the method that 5.0 has.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_gradient_checkpointing_does_not_cost_the_cache(model_folder: Path) -> None:

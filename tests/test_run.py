@@ -895,6 +895,60 @@ def test_a_trial_of_a_config_leaves_no_stage(demo: Path, tmp_path: Path) -> None
         assert not (root / "hcrlhf.json").exists()
 
 
+def test_a_stage_records_the_loss_of_the_weights_that_it_saves(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rare = ["--trainer.max_epochs", "3", "--trainer.check_val_every_n_epoch", "2"]
+    assert fit_stage(demo, "sft", tmp_path / "sft", *rare) == PASSED
+    recorded = read(tmp_path / "sft" / "hcrlhf.json")["metrics"]["loss"]
+    capsys.readouterr()
+    assert run_stage("validate", demo, "sft", tmp_path / "sft") == PASSED
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if " val/loss " in x]
+    assert float(re.findall(r"[-\d.]+", line)[-1]) == pytest.approx(recorded, rel=1e-5)
+
+
+def test_a_policy_that_was_trained_is_measured_and_not_the_supervised_one(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("validate", "predict"):
+        assert main([command, *policy_arguments(demo, demo / "policy")]) == 2
+        assert f"{command} without --ckpt_path would measure" in capsys.readouterr().err
+        assert main([command, *policy_arguments(demo, tmp_path / "new")]) == PASSED
+
+
+def test_processes_that_leave_their_weights_to_this_one_are_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fork = ["--trainer.devices", "2", "--trainer.strategy", "ddp_fork"]
+    assert fit_stage(demo, "reward", tmp_path / "reward", *fork) == 2
+    assert "trainer.strategy ddp_fork starts processes" in capsys.readouterr().err
+
+
+def test_a_run_folder_in_the_home_folder_is_found_again(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    quick = ["--trainer.limit_train_batches", "1"]
+    assert main(["fit", *stage_arguments(demo, "sft", Path("~/runs/sft"), *quick)]) == PASSED
+    assert (tmp_path / "runs" / "sft" / "hcrlhf.json").is_file()
+    assert main(["fit", *stage_arguments(demo, "sft", Path("~/runs/sft"), *quick)]) == 2
+    assert "already holds a finished stage" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:01:00:00"], "has no end"),
+        (["--trainer.callbacks=[callbacks.Checkpoint, callbacks.Checkpoint]"], "trainer: "),
+    ],
+)
+def test_what_a_trainer_cannot_do_is_one_line(
+    demo: Path, tmp_path: Path, capsys: Any, options: list[str], message: str
+) -> None:
+    assert fit_stage(demo, "sft", tmp_path / "sft", *options) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_weights_that_are_not_finite_make_no_stage(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -223,6 +223,13 @@ def test_stages_that_differ_are_refused_with_both_slots_and_values(
         )
 
 
+def test_stages_that_read_texts_otherwise_are_refused() -> None:
+    one, other = replace(COST, tokens="a" * 64), replace(COST, tokens="b" * 64)
+    require_same_base({"sft": one, "reward": COST, "cost": one})  # an older one does not say
+    with pytest.raises(InputError, match="sft and cost were trained with another tokenizer or"):
+        require_same_base({"sft": one, "cost": other})
+
+
 # -- fingerprints ----------------------------------------------------------------------------------
 
 

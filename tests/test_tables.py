@@ -158,6 +158,20 @@ def test_columns_may_have_other_names_and_an_id_is_not_needed(tmp_path: Path) ->
     assert (table.prompts, table.costs.tolist()) == (("1", "2", "3"), [1.0, 3.0, -1.0])
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.csv", "prompt_id,cost\nx,0,9\n", "row 1: more fields than the head has columns"),
+        ("a.jsonl", '{"prompt_id": "x", "cost": 5, "cost": -1}\n', "a key stands twice"),
+    ],
+)
+def test_a_row_that_can_be_read_in_two_ways_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: str, message: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    assert message in refusal(capsys, "certify", tmp_path / name, *MEAN)
+
+
 @pytest.mark.parametrize("name", ["NaN", "null", '""'])
 def test_a_row_whose_prompt_is_missing_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str

@@ -157,6 +157,27 @@ def test_a_response_is_tokenised_alike_when_it_is_learnt_and_when_it_is_read_bac
     assert encoder.prompt_ids(turns("hi", "yo", "why?"))[: len(whole)] == whole
 
 
+def test_a_response_begins_without_the_space_that_a_tokenizer_puts_before_a_text() -> None:
+    from tokenizers import Tokenizer, models, normalizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = ["<pad>", "</s>", "\n", "▁", *map(chr, range(33, 127))]
+    backend = Tokenizer(models.BPE({s: i for i, s in enumerate(symbols)}, []))
+    # As SentencePiece does it.
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>"
+    )
+    encoder = TextEncoder(tokenizer, ChatFormat())
+    learnt = encoder.encode(turns("hi"), "yo")
+    assert learnt is not None
+    assert tokenizer.convert_ids_to_tokens(learnt.response) == ["y", "o", "</s>"]
+    whole = learnt.prompt + learnt.response
+    assert encoder.prompt_ids(turns("hi", "yo", "why?"))[: len(whole)] == whole
+
+
 def test_a_beginning_token_is_not_doubled(make_tokenizer: MakeTokenizer) -> None:
     tokenizer = make_tokenizer(adds_bos=True)
     assert tokenizer("a")["input_ids"] == [BOS, *ids_of("a")]
