@@ -939,7 +939,13 @@ def test_a_run_folder_in_the_home_folder_is_found_again(
     ("options", "message"),
     [
         (["--trainer.max_epochs", "-1", "--trainer.max_time", "00:01:00:00"], "has no end"),
-        (["--trainer.callbacks=[callbacks.Checkpoint, callbacks.Checkpoint]"], "trainer: "),
+        (
+            [
+                "--trainer.callbacks=[callbacks.Checkpoint, callbacks.Checkpoint]",
+                "--trainer.enable_checkpointing=true",
+            ],
+            "trainer: Found more than one stateful callback",
+        ),
     ],
 )
 def test_what_a_trainer_cannot_do_is_one_line(
