@@ -162,7 +162,8 @@ def harm_rate_target(
         check_validation_prompts(m)
 
     def passes(harmful: int, count: int) -> bool:
-        spread = np.diff(np.floor(np.arange(count + 1) * harmful / count))
+        # In the middle of its share each: at the end the last harm would come when all is decided.
+        spread = np.diff(np.floor(np.arange(count + 1) * harmful / count + 0.5))
         return rule.passes(spread, limit, delta, Range(0.0, 1.0))
 
     if not passes(0, n):

@@ -62,14 +62,17 @@ def chance_to_pass(constraint: Constraint, draw: Sampler, n: int, trials: int = 
 
 
 def prompts_needed(constraint: Constraint, draw: Sampler, chance: float) -> int | None:
-    """About the smallest n (to 5%) that passes with this chance; None above 100,000."""
+    """About the smallest n (to 5%) that passes with this chance; None above 100,000.
+
+    The chance of Clopper-Pearson rises and falls with n: an n that has it, of which the smallest
+    one may be a fifth lower.
+    """
     trials = TRIALS // 2
-    high = 25
+    low, high = 1, 25
     while chance_to_pass(constraint, draw, high, trials) < chance:
-        high *= 2
-        if high > MOST:
+        if high == MOST:
             return None
-    low = high // 2
+        low, high = high, min(2 * high, MOST)
     while high - low > max(1, high // 20):
         middle = (low + high) // 2
         enough = chance_to_pass(constraint, draw, middle, trials) >= chance
@@ -91,8 +94,8 @@ def beta_sampler(mean: float, std: float, lower: float, upper: float) -> Sampler
             "give a smaller --sd, a smaller --gap or the true range"
         )
     size = m * (1 - m) / variance - 1
-    return lambda generator, n: (
-        lower + (upper - lower) * generator.beta(m * size, (1 - m) * size, n)
+    return lambda generator, n: np.clip(  # rounding may leave the range
+        lower + (upper - lower) * generator.beta(m * size, (1 - m) * size, n), lower, upper
     )
 
 
@@ -202,4 +205,9 @@ def _sampler(options: argparse.Namespace) -> tuple[Sampler, str]:
     text = f"a true mean {options.gap:g} standard deviations ({options.sd:g}) below the limit"
     if options.lower is not None and options.upper is not None:
         return beta_sampler(mean, options.sd, options.lower, options.upper), text + ", Beta"
+    if options.upper is not None or options.lower is not None:
+        raise InputError(
+            "--gap simulates costs between two ends, or without any; give both --lower and "
+            "--upper, or pilot costs by --costs"
+        )
     return lambda generator, n: generator.normal(mean, options.sd, n), text + ", normal"

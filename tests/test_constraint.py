@@ -264,6 +264,17 @@ def test_the_harm_rate_target_where_no_harm_at_all_is_allowed(miss: float) -> No
     )
 
 
+@pytest.mark.parametrize("rule", [Betting("star"), Betting("wsr"), EProcess()])
+def test_at_the_harm_rate_target_a_bound_that_reads_in_order_passes_about_as_often(
+    rule: Bound,
+) -> None:
+    target = harm_rate_target(rule, 0.05, 150, 0.025, 0.05)
+    rng = np.random.default_rng(0)
+    draws = (rng.random((600, 150)) < target).astype(float)
+    missed = np.mean([not rule.passes(x, 0.05, 0.025, Range(0.0, 1.0)) for x in draws])
+    assert missed < 0.08  # with each harm at the end of its share: 0.14 to 0.21
+
+
 @pytest.mark.parametrize(("limit", "n"), [(0.05, 59), (0.1, 300), (0.5, 20), (0.9, 2000)])
 @pytest.mark.parametrize("miss", [0.05, 0.3])
 def test_at_the_harm_rate_target_the_binomial_passes_with_one_minus_the_miss_probability(

@@ -11,8 +11,8 @@ from scipy import stats
 from hcrlhf.cli import BAD_INPUT, PASSED, main
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
-from hcrlhf.methods import Betting, ClopperPearson, StudentT
-from hcrlhf.power import beta_sampler, chance_to_pass, prompts_needed
+from hcrlhf.methods import Betting, ClopperPearson, Hoeffding, StudentT
+from hcrlhf.power import MOST, beta_sampler, chance_to_pass, prompts_needed
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +105,21 @@ def test_beta_costs_have_the_mean_and_deviation_that_were_asked_for(
 def test_an_impossible_beta_is_refused(mean: float, std: float) -> None:
     with pytest.raises(InputError, match=r"no cost in \[-1, 1\] has mean .* give a smaller --sd"):
         beta_sampler(mean, std, -1.0, 1.0)
+
+
+def test_the_number_of_prompts_is_found_at_both_ends() -> None:
+    rate = Constraint("harm_rate", 0.5, safety_prompts=MOST)
+    needed = prompts_needed(rate, lambda rng, n: np.zeros(n), 0.8)
+    assert needed == 5  # 1 - 0.05^(1/5) = 0.45, and 0.53 with four
+    mean = Constraint("mean", 0.0, safety_prompts=MOST, lower=-4.0, upper=4.0, bound=Hoeffding())
+    draw = beta_sampler(-0.04, 1.0, -4.0, 4.0)
+    needed = prompts_needed(mean, draw, 0.8)
+    assert needed is not None and 51_200 < needed < 80_000
+
+
+def test_simulated_costs_keep_to_the_range() -> None:
+    costs = beta_sampler(0.05 - 0.25 * 0.13, 0.13, -0.1, 0.2)(np.random.default_rng(0), 10**5)
+    assert costs.min() >= -0.1 and costs.max() <= 0.2
 
 
 def test_a_range_beside_which_the_spread_is_nothing_is_refused() -> None:
