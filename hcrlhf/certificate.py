@@ -72,7 +72,7 @@ def response_seed_text(weights: str, prompts: str, test: int) -> str:
 
 
 def published_key(seed: str, key: str) -> str:
-    """How a certificate names a prompt: salted, so that two certificates cannot be matched."""
+    """How a certificate names a prompt: salted, so that those of two tests cannot be matched."""
     return sha256("prompt", sha256("salt", seed), key)
 
 

@@ -16,7 +16,12 @@ from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Prompt
 from hcrlhf.gate import Population
-from hcrlhf.machine import model_config, require_plain_base, require_positions
+from hcrlhf.machine import (
+    beyond_positions,
+    learnt_positions,
+    model_config,
+    require_plain_base,
+)
 from hcrlhf.pessimism import LOOK
 from hcrlhf.rows import FORMATS
 from hcrlhf.safety import HoldsSafetyPrompts
@@ -58,7 +63,8 @@ def checks(config: Config, base: Base) -> list[Finding]:
     try:
         own = model_config(base.source)
         require_plain_base(base.source, own)
-        require_positions(own, base.chat)
+        if (said := beyond_positions(own, base.chat)) is not None:
+            found.append(Finding("base model", False if learnt_positions(own) else None, said))
     except InputError as error:
         found.append(Finding("base model", False, str(error)))
     stages, wrong = stages_of(config)

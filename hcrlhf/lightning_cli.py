@@ -170,6 +170,9 @@ class SaveConfig(SaveConfigCallback):
     ) -> None:
         self._give()
 
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._take(trainer)  # of a folder that the safety test has made by now
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
@@ -338,7 +341,9 @@ class CLI(LightningCLI):
         config.ckpt_path = None if checkpoint is None else str(checkpoint)
         if checkpoint is not None:
             changes = resume.check(checkpoint, run, command)
-            self._changed = bool(changes)
+            # What a run whose time is over goes on with.
+            length = ("data.init_args.updates", "trainer.max_time", "trainer.callbacks")
+            self._changed = any(change.key.startswith(length) for change in changes)
             if command == "fit":
                 rank_zero_info(f"the run goes on from {checkpoint}")
             for change in changes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ from hcrlhf.backbone import LoraOptions
 from hcrlhf.errors import InputError, is_out_of_memory
 from hcrlhf.optimizers import Name, adamw
 from hcrlhf.stages import BackboneSource, hub_refusal
-from hcrlhf.text import ChatFormat, one_line
+from hcrlhf.text import ChatFormat, TextEncoder, one_line
 
 
 def choose_attention() -> None:
@@ -70,13 +71,17 @@ def require_plain_base(source: BackboneSource, config: Any) -> None:
             "has read, so that no responses could be drawn from it here; take another model"
         )
     own = getattr(config, "quantization_config", None)
-    method = own.get("quant_method") if isinstance(own, dict) else getattr(own, "quant_method", "")
-    if own is not None and not (source.quantization == "nf4" and "bitsandbytes" in str(method)):
-        raise InputError(
-            f"{source.model} is quantised already ({method}), and quantization is "
-            f"{source.quantization}; take the base in full precision"
-            + (", or set quantization: nf4" if "bitsandbytes" in str(method) else "")
-        )
+    if own is None:
+        return
+    kept: dict[str, Any] = own if isinstance(own, dict) else own.to_dict()
+    four_bits = bool(kept.get("load_in_4bit")) and kept.get("bnb_4bit_quant_type") == "nf4"
+    if four_bits and source.quantization == "nf4":
+        return
+    raise InputError(
+        f"{source.model} is quantised already ({kept.get('quant_method')}), and quantization is "
+        f"{source.quantization}; take the base in full precision"
+        + (", or set quantization: nf4" if four_bits else "")
+    )
 
 
 def require_positions(config: Any, chat: ChatFormat) -> None:
@@ -85,31 +90,50 @@ def require_positions(config: Any, chat: ChatFormat) -> None:
         config: of transformers.
 
     Raises:
-        InputError: a prompt and its response may be longer than the model has positions for. One
-            that learnt its positions would fail at the first such pair, perhaps in the safety test.
+        InputError: a prompt and its response may be longer than the model has positions for, which
+            it learnt one by one: it would fail at the first such pair, perhaps in the safety test.
     """
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if (said := beyond_positions(config, chat)) is None:
+        return
+    if learnt_positions(config):
+        raise InputError(said)
+    warnings.warn(f"{said}, or expect worse responses behind them", stacklevel=2)
+
+
+def beyond_positions(config: Any, chat: ChatFormat) -> str | None:
+    """What is to be said where texts may be longer than what the model was made for."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
     needed = chat.max_prompt_tokens + chat.max_response_tokens
-    if positions is not None and needed > positions:
-        raise InputError(
-            f"chat.max_prompt_tokens {chat.max_prompt_tokens} and max_response_tokens "
-            f"{chat.max_response_tokens} make texts of up to {needed} tokens, and the model has "
-            f"{positions} positions (max_position_embeddings); lower one of the two in the "
-            "supervised stage"
-        )
+    if positions is None or needed <= positions or getattr(text, "alibi", False):
+        return None
+    return (
+        f"chat.max_prompt_tokens {chat.max_prompt_tokens} and max_response_tokens "
+        f"{chat.max_response_tokens} make texts of up to {needed} tokens, and the model has "
+        f"{positions} positions (max_position_embeddings); lower one of the two in the supervised "
+        "stage"
+    )
 
 
-def require_vocabulary(config: Any, tokenizer: Any) -> None:
+def learnt_positions(config: Any) -> bool:
+    """Whether each position has weights of its own, and is no angle that goes on."""
+    text = config.get_text_config()
+    rotary = ("rope_parameters", "rope_scaling", "rope_theta", "rotary_dim", "rotary_pct")
+    return all(getattr(text, name, None) is None for name in rotary)
+
+
+def require_vocabulary(config: Any, encoder: TextEncoder) -> None:
     """
     Raises:
-        InputError: the tokenizer has tokens for which the model has no embedding.
+        InputError: a sequence may end, or be padded, with a token that the model cannot embed.
+            Others may be there: Gemma 3's tokenizer has one for images.
     """
     rows = config.get_text_config().vocab_size
-    if len(tokenizer) > rows:
-        last = tokenizer.convert_ids_to_tokens(len(tokenizer) - 1)
+    if (last := max(encoder.pad_id, *encoder.stop_ids)) >= rows:
+        name = encoder.tokenizer.convert_ids_to_tokens(last)
         raise InputError(
-            f"the tokenizer has {len(tokenizer)} tokens, up to {last!r}, and the model embeddings "
-            f"for {rows} (vocab_size); take the tokenizer that the model came with"
+            f"the tokenizer ends or pads with {name!r}, its token {last}, and the model has "
+            f"embeddings for {rows} (vocab_size); take the tokenizer that the model came with"
         )
 
 

@@ -70,7 +70,7 @@ class Supervised(AdapterModule):
         self.finished = self.read_own_stage(stage, "sft")
         self.require_machine(self.source, self.chat, self.lora)
         self.encoder = TextEncoder(load_tokenizer(self.source.folder), self.chat)
-        machine.require_vocabulary(machine.model_config(self.source), self.encoder.tokenizer)
+        machine.require_vocabulary(machine.model_config(self.source), self.encoder)
         self.fingerprint = fingerprint(self.source.folder)
 
     def configure_model(self) -> None:

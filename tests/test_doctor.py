@@ -282,7 +282,7 @@ def test_texts_that_are_longer_than_the_model_reads_are_named(run: Run) -> None:
     assert not any(" base model: " in line for line in run.policy())
     run.stage("sft", chat=ChatFormat(480, 33))
     (line,) = [line for line in run.policy() if " base model: " in line]
-    assert line.startswith("NOT ") and "of up to 513 tokens" in line
+    assert line.startswith("note ") and "of up to 513 tokens" in line
 
 
 def test_the_template_that_is_used_is_the_one_that_is_named(run: Run) -> None:

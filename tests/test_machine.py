@@ -96,19 +96,29 @@ def test_an_8_bit_optimizer_with_a_bitsandbytes_that_has_no_library_for_the_devi
     assert "or set optimizer: adamw" in line
 
 
-def test_texts_that_are_longer_than_the_model_reads(fit: Any) -> None:
+def test_texts_that_are_longer_than_the_model_reads(
+    fit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "learnt_positions", lambda config: True)
     line = fit("--model.init_args.chat.max_prompt_tokens", "600")
     assert "chat.max_prompt_tokens 600 and max_response_tokens" in line
     assert "and the model has 512 positions" in line
 
 
 def test_positions_are_those_that_a_model_says_it_has() -> None:
-    from transformers import BloomConfig, GPT2Config
+    from transformers import BloomConfig, FalconConfig, GPT2Config, LlamaConfig
 
     machine.require_positions(GPT2Config(n_positions=64), ChatFormat(32, 32))
     machine.require_positions(BloomConfig(), ChatFormat(10**6, 10**6))  # ALiBi: without an end
+    machine.require_positions(FalconConfig(alibi=True), ChatFormat(10**6, 10**6))
     with pytest.raises(InputError, match="of up to 65 tokens, and the model has 64 positions"):
         machine.require_positions(GPT2Config(n_positions=64), ChatFormat(33, 32))
+    # Angles go on behind the last position that was trained.
+    with pytest.warns(UserWarning, match="has 64 positions .*, or expect worse responses"):
+        machine.require_positions(LlamaConfig(max_position_embeddings=64), ChatFormat(33, 32))
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 
 @pytest.mark.parametrize(
@@ -116,7 +126,7 @@ def test_positions_are_those_that_a_model_says_it_has() -> None:
     [
         ({"model_type": "rwkv"}, "is a rwkv, which keeps no keys and values"),
         (
-            {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+            {"quantization_config": NF4},
             r"already \(bitsandbytes\), and quantization is none; .* set quantization: nf4",
         ),
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantised already .gptq., and"),
@@ -130,11 +140,16 @@ def test_a_base_that_cannot_be_read_here(change: dict[str, Any], message: str) -
 
 
 def test_a_base_in_4_bits_is_taken_as_what_it_is() -> None:
-    own = SimpleNamespace(model_type="llama", quantization_config={"quant_method": "bitsandbytes"})
-    machine.require_plain_base(BackboneSource("base", "nf4"), own)
+    source = BackboneSource("base", "nf4")
+    machine.require_plain_base(source, SimpleNamespace(model_type="a", quantization_config=NF4))
+    eight = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    for other in (eight, NF4 | {"bnb_4bit_quant_type": "fp4"}):
+        own = SimpleNamespace(model_type="a", quantization_config=other)
+        with pytest.raises(InputError, match="quantised already .bitsandbytes., and .* is nf4"):
+            machine.require_plain_base(source, own)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(
+def test_a_tokenizer_that_pads_with_a_token_that_the_model_cannot_embed(
     fit: Any, model_folder: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoTokenizer
@@ -145,7 +160,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_has_embeddings(
     tokenizer.add_special_tokens({"pad_token": "[MINE]"})
     tokenizer.save_pretrained(folder)
     line = fit("--model.init_args.model", str(folder))
-    assert "tokens, up to '[MINE]', and the model embeddings for" in line
+    assert "ends or pads with '[MINE]', its token" in line
 
 
 def test_sampling_on_cuda_has_no_deterministic_form() -> None:
