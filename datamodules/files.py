@@ -63,6 +63,7 @@ class EncodedLoading(LightningDataModule):
         else:
             options["batch_size"] = batch_size
             if shared and rank_and_size()[1] > 1:
+                require_whole(self.trainer.limit_val_batches)
                 options["sampler"] = ShareSampler(len(encoded))
             if seed is not None:
                 options["sampler"] = EpochSampler(
@@ -134,6 +135,19 @@ class ShareSampler(DistributedSampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.own)
+
+
+def require_whole(limit: float) -> None:
+    """
+    Raises:
+        InputError: a share of the batches, which processes with more and fewer would round
+            otherwise, to none perhaps.
+    """
+    if isinstance(limit, float) and limit != 1.0:
+        raise InputError(
+            f"trainer.limit_val_batches {limit} is a share, of which several processes would make "
+            "different numbers; give a whole number of batches"
+        )
 
 
 def require_one_each(examples: int, processes: int) -> None:

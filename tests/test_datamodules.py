@@ -10,7 +10,7 @@ import pytest
 
 from datamodules import Demonstrations, Preferences, Prompts
 from datamodules.demonstrations import read_demonstrations
-from datamodules.files import ShareSampler
+from datamodules.files import ShareSampler, require_whole
 from datamodules.preferences import read_pairs
 from datamodules.prompts import UpdateSampler
 from hcrlhf.errors import InputError
@@ -89,6 +89,10 @@ def test_of_held_out_examples_each_process_reads_its_own_and_none_twice(
     assert own == [[0, 2, 4], [1, 3]]
     with pytest.raises(InputError, match="1 examples cannot be shared by 2 processes"):
         ShareSampler(1)
+    require_whole(1.0)
+    require_whole(3)
+    with pytest.raises(InputError, match="limit_val_batches 0.5 is a share"):
+        require_whole(0.5)
 
 
 def test_a_file_changed_in_place_is_read_again(tmp_path: Path) -> None:
