@@ -149,8 +149,9 @@ class ScoredPolicy(AdapterModule):
         self._other: Backbone | None = None  # a given policy that is a whole model
         self.updates = 0
         self.candidate: int | None = None  # the update whose policy is tested; None: the last one
-        self.settings_changed = True  # since the checkpoint from which a fit goes on
-        self.over = False  # whether that fit had ended before all its updates
+        # Of the fit that is resumed: whether updates, time or callbacks are others now (the command
+        # line says so), and whether it had ended before all its updates and is not to go on.
+        self.settings_changed, self.over = True, False
         self.checkpoint_prompts: frozenset[str] = frozenset()  # that a loaded checkpoint has seen
         self._stage_prompts: frozenset[str] | None = None
         self._cost_files: dict[str, str] = {}

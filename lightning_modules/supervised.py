@@ -119,10 +119,8 @@ class Supervised(AdapterModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self._held_out, self._measured_at = (
-                float(self.validation_loss.compute()),
-                self.global_step,
-            )
+            self._held_out = float(self.validation_loss.compute())
+            self._measured_at = self.global_step
 
     test_step = validation_step
 

@@ -272,7 +272,7 @@ def test_at_the_harm_rate_target_a_bound_that_reads_in_order_passes_about_as_oft
     rng = np.random.default_rng(0)
     draws = (rng.random((600, 150)) < target).astype(float)
     missed = np.mean([not rule.passes(x, 0.05, 0.025, Range(0.0, 1.0)) for x in draws])
-    assert missed < 0.08  # with each harm at the end of its share: 0.14 to 0.21
+    assert missed < 0.08  # h one too large, with each harm at the end of its share, misses 0.14
 
 
 @pytest.mark.parametrize(("limit", "n"), [(0.05, 59), (0.1, 300), (0.5, 20), (0.9, 2000)])

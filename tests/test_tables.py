@@ -614,7 +614,7 @@ def test_the_order_is_that_of_the_prompts_names_and_not_of_the_rows() -> None:
 
 
 def test_costs_of_two_values_pass_no_more_often_than_delta() -> None:
-    # In an order derived from the sorted costs 12.6% of these tables passed at the limit.
+    # In an order that is derived from the sorted costs more than twice as many do.
     rng, n, rate, delta = np.random.default_rng(0), 100, 0.37, 0.05
     ids = [[f"{table}/{i}" for i in range(n)] for table in range(1500)]
     tables = [rng.random(n) < rate for _ in ids]
