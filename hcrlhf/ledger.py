@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from hcrlhf.hashing import canonical, sealed_hash
 SCHEMA = 1
 FILE = "ledger.jsonl"
 NO_LINE = "0" * 64
+WRITING = 0.2  # seconds in which another process has surely written the rest of a line
 
 Schedule = Literal["halving", "once"]
 SCHEDULES: tuple[Schedule, ...] = ("halving", "once")
@@ -198,6 +200,9 @@ def read(path: Path, state: Path | None = None) -> Ledger:
     heads = _read_state(state)
     try:
         content = path.read_bytes()
+        if not content.endswith(b"\n"):  # another process may be writing its line just now
+            time.sleep(WRITING)
+            content = path.read_bytes()
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); expected a ledger") from error
     ledger = Ledger(path, parse(content, path))

@@ -226,8 +226,9 @@ def test_a_chain_with_odd_fields_is_refused_in_one_line(path: Path, line: int, v
 
 
 def test_a_last_line_torn_at_any_byte_is_noticed_and_cut_without_touching_the_rest(
-    path: Path, state: Path, capsys: pytest.CaptureFixture[str]
+    path: Path, state: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ledgers, "WRITING", 0)
     open_one(path, "one", keys(1))
     whole = path.read_bytes()
     kept = (state / "ledgers.json").read_bytes()
@@ -248,6 +249,19 @@ def test_a_last_line_torn_at_any_byte_is_noticed_and_cut_without_touching_the_re
         assert main(["ledger", str(path), "--drop-torn-line"]) == PASSED
         assert f"cut {end - len(whole)} bytes" in capsys.readouterr().out
         assert path.read_bytes() == whole
+
+
+def test_a_line_that_another_process_is_writing_is_awaited(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = full_life(path).read_bytes()
+    path.write_bytes(content[:-9])
+
+    def write_the_rest(seconds: float) -> None:
+        path.write_bytes(content)
+
+    monkeypatch.setattr("hcrlhf.ledger.time.sleep", write_the_rest)
+    assert ledgers.read(path).path.read_bytes() == content
 
 
 def test_nothing_is_cut_from_a_ledger_that_is_whole(
