@@ -449,12 +449,12 @@ class Policy(ScoredPolicy):
         """Epochs of minibatch steps; stops early at the target KL. Returns means to log."""
         optimizer: Any = self.optimizers()
         totals: dict[str, float] = {}
-        steps = 0
+        steps = used = 0
         for epoch in range(self.learner.epochs):
             order = shuffled(len(rollout.keys), self.seed, "minibatch", self.updates, epoch)
             # Sizes that differ by one at most: a last one of few responses would be a full step.
             minibatches = order.tensor_split(min(self.learner.minibatches, len(order)))
-            epoch_kl = 0.0
+            kls: list[float] = []
             for number, rows in enumerate(minibatches):
                 demonstrations = self._drawn_demonstrations(epoch, number)
                 statistics = self._minibatch(rollout, targets, rows, demonstrations)
@@ -462,18 +462,22 @@ class Policy(ScoredPolicy):
                 trained = list(self.trained())
                 processes.sum_gradients(trained)
                 norm = clip_grad_norm_(trained, self.max_grad_norm)
-                if self._usable(norm):
+                usable = self._usable(norm)
+                if usable:
                     optimizer.step()
                 optimizer.zero_grad()  # at once: the next rollout has no use for gradients
-                statistics["skipped"] = float(not norm.isfinite())
-                statistics["grad_norm"] = float(norm) if norm.isfinite() else 0.0
-                epoch_kl += statistics["update_kl"] / len(minibatches)
                 steps += 1
-                for name, value in statistics.items():
+                if not usable:
+                    continue  # its figures may be NaN too, and would hide those of the others
+                used += 1
+                kls.append(statistics["update_kl"])
+                for name, value in (statistics | {"grad_norm": float(norm)}).items():
                     totals[name] = totals.get(name, 0.0) + value
-            if self.learner.target_kl is not None and epoch_kl > self.learner.target_kl:
+            target = self.learner.target_kl
+            if target is not None and kls and sum(kls) / len(kls) > target:
                 break
-        means = {name: value / steps for name, value in totals.items()} | {"inner_steps": steps}
+        means = {name: value / used for name, value in totals.items()}
+        means |= {"skipped": 1 - used / steps, "inner_steps": steps}
         # Before the schedule moves on: the rates that these steps were made with.
         for group in optimizer.param_groups:
             means[LEARNING_RATES[group["name"]]] = group["lr"]

@@ -1746,6 +1746,7 @@ def test_a_bad_gradient_never_reaches_the_weights_and_the_kl_is_steered(
             for _, parameter in self.backbone.trained_parameters():
                 if parameter.grad is not None:
                     parameter.grad.fill_(math.nan)
+            return dict.fromkeys(statistics, math.nan)
         return statistics
 
     monkeypatch.setattr(Policy, "_minibatch", spoilt)
@@ -1753,6 +1754,8 @@ def test_a_bad_gradient_never_reaches_the_weights_and_the_kl_is_steered(
     root = tmp_path / "run"
     assert fit(demo, root, *ALWAYS, tested(), steered) == PASSED
     assert sum(column(root, "skipped")) > 0
+    for name in ("update_kl", "policy_loss", "grad_norm"):  # of the steps that were made
+        assert np.isfinite(column(root, name)).all()
     state = torch.load(root / "checkpoints" / "last.ckpt", weights_only=True)
     assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
     coefficients = column(root, "kl_coefficient")
