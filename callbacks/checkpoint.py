@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -13,6 +15,7 @@ from hcrlhf.errors import InputError
 from hcrlhf.hashing import replace_durably
 from hcrlhf.resume import FILE
 from hcrlhf.safety import SafetyTestable
+from hcrlhf.text import one_line
 
 
 class Checkpoint(ModelCheckpoint):
@@ -32,6 +35,7 @@ class Checkpoint(ModelCheckpoint):
             raise InputError(f"every_n_updates is a whole number >= 1, got {every_n_updates}")
         super().__init__(save_last=True, save_top_k=0)
         self.every_n_updates = every_n_updates
+        self._read_back = False  # whether one was, in this process
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.dirpath = str((Path(trainer.default_root_dir) / FILE).parent)
@@ -70,9 +74,28 @@ class Checkpoint(ModelCheckpoint):
         pass
 
     def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         path = Path(str(self.dirpath)) / FILE.name
         temporary = path.with_suffix(".tmp")
         trainer.save_checkpoint(temporary)
         if trainer.is_global_zero:
+            if not self._read_back:
+                require_readable(temporary)
+                self._read_back = True
             replace_durably(temporary, path)
         self.last_model_path = str(path)
+
+
+def require_readable(path: Path) -> None:
+    """
+    Raises:
+        InputError: the checkpoint holds what no later run would read.
+    """
+    try:
+        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"this checkpoint could not be read again ({one_line(error)}); the state_dict of every "
+            "callback in the config may hold plain numbers, texts, lists, dicts and tensors alone"
+        ) from error

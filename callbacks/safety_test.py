@@ -215,9 +215,6 @@ class SafetyTest(Callback):
 
     # Not on_fit_end: by then the strategy has moved the model to the CPU.
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._write(trainer, "NOT_TESTED", "fast_dev_run", None)
-            return
         self.run(trainer, pl_module)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -229,6 +226,9 @@ class SafetyTest(Callback):
         With several processes the first one alone decides and writes; the others answer their
         share of the prompts that it names.
         """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self._write(trainer, "NOT_TESTED", "fast_dev_run", None)
+            return
         if processes.rank_and_size()[0] > 0:
             while (question := processes.from_first(None)) is not None:
                 self._answer(pl_module, *question)

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 from hcrlhf.bounds import tail_costs
 from hcrlhf.errors import InputError
 from hcrlhf.methods import (
+    METHODS,
     Betting,
     Bound,
     ClopperPearson,
@@ -113,6 +114,12 @@ class Constraint:
         if number is not None and not 0 <= number < math.inf:
             raise InputError(f"pessimism is a finite number >= 0, got {self.pessimism}")
         self._check_estimand()
+        if self.bound is not None and type(self.bound) not in METHODS.values():
+            raise InputError(
+                f"the bound is {type(self.bound).__name__}, which hcrlhf verify could not "
+                f"recompute; expected one of hcrlhf.methods: "
+                f"{', '.join(cls.__name__ for cls in METHODS.values())}"
+            )
         if self.estimand not in self.rule.estimands:
             raise InputError(
                 f"the bound {self.rule.name} is for {', '.join(self.rule.estimands)}, "

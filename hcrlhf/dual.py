@@ -115,9 +115,12 @@ class Dual:
 
         A rollout of costs that hardly differ has a small σ̄, and a g of 40 would send λ to its cap
         in one step.
+
+        Raises:
+            InputError: a multiplier that somebody has written is no number >= 0.
         """
         self.states = [
-            self.multiplier.step(state, float(np.clip(g, -LARGEST, LARGEST)))
+            self._next(state, float(np.clip(g, -LARGEST, LARGEST)))
             for state, g in zip(self.states, violations, strict=True)
         ]
         self.steps_at_cap = [
@@ -128,6 +131,17 @@ class Dual:
             steps + 1 if g > 0 else 0
             for steps, g in zip(self.steps_violated, violations, strict=True)
         ]
+
+    def _next(self, state: MultiplierState, g: float) -> MultiplierState:
+        found = self.multiplier.step(state, g)
+        # Plain numbers: NumPy's in a checkpoint would make it unreadable.
+        value, memory = float(found.value), tuple(float(x) for x in found.memory)
+        if not 0 <= value < math.inf:
+            raise InputError(
+                f"{type(self.multiplier).__name__} made {value} of a multiplier of "
+                f"{state.value:g} at a violation of {g:g}; expected a finite number >= 0"
+            )
+        return MultiplierState(value, memory)
 
     def state(self) -> dict[str, Any]:
         """Plain lists and numbers, for a checkpoint."""

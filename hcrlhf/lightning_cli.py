@@ -22,6 +22,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 from filelock import FileLock, Timeout
+from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -302,6 +303,16 @@ class CLI(LightningCLI):
         for key in LIMITS[str(self.subcommand)]:
             if trainer[key] == 0:
                 raise InputError(f"trainer.{key} is 0, so {self.subcommand} would do nothing")
+        if found := next(folder.glob("hpc_ckpt_*"), None):
+            raise InputError(
+                f"Lightning would go on from {found}, which it wrote when SLURM requeued a run, in "
+                "the middle of an update; remove it: --ckpt_path last goes on"
+            )
+        if trainer.fast_dev_run and (folder / resume.FILE).is_file():
+            raise InputError(
+                f"fast_dev_run tries a config, and {folder} holds a run; choose another "
+                "trainer.default_root_dir"
+            )
         if self.subcommand == "fit" and (folder / STAGE_FILE).is_file():
             raise InputError(
                 f"{folder} already holds a finished stage; choose another "
@@ -421,9 +432,15 @@ class CLI(LightningCLI):
         if isinstance(self.model, Policy):
             kwargs["use_distributed_sampler"] = False  # it shares a batch out itself
         plugins = config.plugins if isinstance(config.plugins, list) else [config.plugins]
+        plugins = [plugin for plugin in plugins if plugin is not None]
         # Lightning's trainer asks for a GPU before it asks the module, which refuses as well.
         if any(isinstance(plugin, BitsandbytesPrecision) for plugin in plugins):
             raise InputError(QUANTISES_ADAPTERS)
+        told = any(isinstance(plugin, ClusterEnvironment) for plugin in plugins)
+        if SLURMEnvironment.detect() and not told:
+            # Requeued, Lightning would go on from a checkpoint of its own: in the middle of an
+            # update, and without a look at the settings.
+            kwargs["plugins"] = [*plugins, SLURMEnvironment(auto_requeue=False)]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except (ValueError, ImportError, RuntimeError) as error:  # what Lightning itself refuses
@@ -460,6 +477,8 @@ def run(arguments: Sequence[str]) -> int:
             raise found from None
         if isinstance(error, ValueError) and "Does not validate" in str(error):
             raise InputError(short_error(str(error))) from error
+        if isinstance(error, ValueError) and "val_check_interval" in str(error):  # Lightning's
+            raise InputError(f"trainer: {one_line(error)}") from error
         if isinstance(error, UnicodeDecodeError):
             raise InputError(
                 f"a config or a file of data is not UTF-8 text ({one_line(error)})"

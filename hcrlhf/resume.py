@@ -59,6 +59,10 @@ PATHS = [f"model.init_args.{name}" for name in ("model", "sft", "reward", "cost"
     ),
 ]
 
+# Their options may change, but they may not go: only they keep the checkpoint of the end, and the
+# policy that training left.
+NOT_REMOVED = frozenset({"trainer.callbacks.Checkpoint", "trainer.callbacks.BestCandidate"})
+
 Settings = Mapping[str, Any]
 
 
@@ -133,14 +137,31 @@ def _installed(file: Path) -> bool:
 
 
 def _by_class(callbacks: Any) -> dict[str, Any]:
-    """Callbacks by the name of their class: their order says nothing."""
+    """Callbacks by the name of their class, for their order says nothing.
+
+    Those of others have their class_path beside their options. One that is derived from one of
+    ours goes by the name of ours: a safety test is one, whoever has written it.
+    """
     named: dict[str, Any] = {}
     for callback in callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []:
-        name = callback["class_path"].rpartition(".")[2]
+        path, options = callback["class_path"], callback.get("init_args") or {}
+        name = _base_of_ours(path)
         while name in named:
             name += "'"
-        named[name] = callback.get("init_args") or {}
+        own = path.partition(".")[0] in OWN
+        named[name] = options if own else {"class_path": path, **options}
     return named
+
+
+def _base_of_ours(class_path: str) -> str:
+    """The name of the class, or of the class of `callbacks` that it is derived from."""
+    module, _, own = class_path.rpartition(".")
+    try:
+        bases = getattr(importlib.import_module(module), own).__mro__
+    except (Exception, SystemExit):  # whoever makes an object of it says what is wrong
+        return own
+    ours = (base for base in bases if base.__module__.partition(".")[0] == "callbacks")
+    return next((base.__name__ for base in ours), own)
 
 
 def _get(settings: Settings, key: str) -> Any:
@@ -216,7 +237,8 @@ def may_change(key: str, settings: Settings) -> bool:
         return False  # β has long left where it began
     part, _, _ = key.partition(".")
     if part == "trainer":
-        return key not in TRAINER_KEPT and "SafetyTest" not in key
+        removed = key in NOT_REMOVED and _get(settings, key) is None
+        return key not in TRAINER_KEPT and "SafetyTest" not in key and not removed
     return key in MAY_CHANGE
 
 

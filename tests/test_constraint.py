@@ -906,6 +906,11 @@ def test_a_sequential_test_is_decided_by_an_e_process_whatever_the_default_would
 
 # -- settings --------------------------------------------------------------------------------------
 
+
+class Own(StudentT):
+    """A bound that somebody has derived, which goes by another's name."""
+
+
 MEAN: dict[str, Any] = {"estimand": "mean", "threshold": 0.0}
 CAPPED: dict[str, Any] = {**MEAN, "lower": -4.0, "upper": 4.0}
 RATE: dict[str, Any] = {"estimand": "harm_rate", "threshold": 0.1}
@@ -941,6 +946,7 @@ CVAR: dict[str, Any] = {"estimand": "cvar", "threshold": 1.0, "alpha": 0.1, "eta
         ({**RATE, "threshold": -0.2}, r"harm rate lies in \(0, 1\), got -0.2"),
         ({**MEAN, "bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is mean"),
         ({**CVAR, "bound": ClopperPearson()}, "clopper_pearson is for harm_rate, but .* is cvar"),
+        ({**MEAN, "bound": Own()}, "the bound is Own, which hcrlhf verify could not recompute"),
         ({**RATE, "bound": StudentT()}, "student_t is for mean, cvar, but .* is harm_rate"),
         ({**RATE, "bound": HallT()}, "hall_t is for mean, cvar, but .* is harm_rate"),
         (

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from hcrlhf.dual import (
     violation,
 )
 from hcrlhf.errors import InputError
-from hcrlhf.multiplier import PIDMultiplier, ProjectedMultiplier
+from hcrlhf.multiplier import MultiplierState, PIDMultiplier, ProjectedMultiplier
 
 seeded = settings(deadline=None, derandomize=True, max_examples=50)
 
@@ -362,3 +363,29 @@ def test_one_rollout_does_not_send_a_multiplier_to_its_cap() -> None:
     dual = Dual([MEAN, MEAN], ProjectedMultiplier(learning_rate=0.1, initial=1.0))
     dual.step([40.0, -40.0])
     assert dual.multipliers == [1.5, 0.5]
+
+
+# -- multipliers of one's own ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule(ProjectedMultiplier):
+    """Adds the same to λ whatever is violated, in a number of NumPy's."""
+
+    own: float = 0.0
+
+    def step(self, state: MultiplierState, violation: float) -> MultiplierState:
+        return MultiplierState(np.float64(state.value + self.own), (np.float64(violation),))
+
+
+def test_a_multiplier_of_ones_own_is_kept_in_plain_numbers() -> None:
+    dual = Dual([MEAN], Rule(own=0.5))
+    dual.step([0.25])
+    assert dual.state()["multipliers"] == [[1.5, 0.25]]
+    assert {type(x) for x in dual.state()["multipliers"][0]} == {float}
+
+
+@pytest.mark.parametrize("step", [-2.0, math.nan, math.inf])
+def test_a_multiplier_that_is_no_number_from_zero_on_is_refused(step: float) -> None:
+    with pytest.raises(InputError, match="Rule made .* of a multiplier of 1 at a violation of 0.2"):
+        Dual([MEAN], Rule(own=step)).step([0.2])

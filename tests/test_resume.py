@@ -96,6 +96,20 @@ def test_callbacks_are_compared_by_class_whatever_their_order() -> None:
     ]
 
 
+def test_a_derived_safety_test_is_a_safety_test() -> None:
+    def run(name: str, **options: Any) -> dict[str, Any]:
+        return describe({"trainer": {"callbacks": [{"class_path": name, "init_args": options}]}})
+
+    own = run("breaking.OwnTest", schedule="halving")
+    assert [c.key for c in changes(own, run("breaking.OwnTest", schedule="once"))] == [
+        "trainer.callbacks.SafetyTest.schedule"
+    ]
+    assert changes(run("callbacks.SafetyTest", schedule="halving"), own) == [
+        Change("trainer.callbacks.SafetyTest.class_path", None, "breaking.OwnTest")
+    ]
+    assert "trainer.callbacks.SafetyTest.class_path" in own["inputs"]  # a hash of its file
+
+
 def test_files_are_compared_by_content_so_that_a_run_may_be_moved(tmp_path: Path) -> None:
     for name, text in (("a", "x"), ("b", "x"), ("c", "y")):
         (tmp_path / name).write_text(text)
@@ -194,11 +208,20 @@ def test_a_stage_folder_is_known_by_what_was_trained(tmp_path: Path) -> None:
         ("trainer.callbacks.Checkpoint.every_n_updates", True),
         ("trainer.callbacks.SafetyTest.schedule", False),
         ("trainer.callbacks.SafetyTest", False),
+        ("trainer.callbacks.Checkpoint", False),  # removed, since the settings lack it
+        ("trainer.callbacks.BestCandidate", False),
+        ("trainer.callbacks.Progress", True),
         ("trainer.max_epochs", False),
     ],
 )
 def test_what_makes_a_run_another_one_may_not_change(key: str, expected: bool) -> None:
     assert may_change(key, {}) is expected
+
+
+def test_a_callback_that_knows_a_part_of_the_run_may_come_but_not_go() -> None:
+    new = {"trainer": {"callbacks": {"BestCandidate": {"start": 0.5}}}}
+    assert may_change("trainer.callbacks.BestCandidate", new)
+    assert may_change("trainer.callbacks.BestCandidate.start", new)
 
 
 def test_a_steered_kl_coefficient_is_not_set_anew() -> None:
@@ -548,6 +571,23 @@ def refused(
     return line
 
 
+def test_a_checkpoint_of_slurm_s_requeue_is_refused(
+    stages: Path, begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = copied(begun, tmp_path)
+    (root / "hpc_ckpt_1.ckpt").write_bytes(b"")
+    assert "remove it: --ckpt_path last goes on" in refused(stages, root, capsys)
+
+
+def test_a_checkpoint_that_could_not_be_read_again_is_said_at_once(
+    stages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"--trainer.callbacks={json.dumps([*EVERY, {'class_path': 'breaking.Numbered'}])}"
+    assert fit(stages, tmp_path / "run", given) == 2
+    assert "this checkpoint could not be read again" in capsys.readouterr().err
+    assert not (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
 TIGHTER = r"\(model\.init_args\.constraints\.0\.threshold: 3\.5 → 3\.4\)"
 
 
@@ -557,6 +597,7 @@ TIGHTER = r"\(model\.init_args\.constraints\.0\.threshold: 3\.5 → 3\.4\)"
         ([LIMIT % 3.4], TIGHTER),
         ([callbacks(schedule="once")], r"SafetyTest\.schedule: halving → once\)"),
         (["--trainer.callbacks=[]"], r"SafetyTest: \{.* → null\)"),
+        (["--trainer.fast_dev_run", "true"], "fast_dev_run tries a config, and .* holds a run"),
         (["--model.init_args.seed", "1"], r"model\.init_args\.seed: 0 → 1"),
         (["--seed_everything", "1"], r"\(seed_everything: 0 → 1\)"),
         (["--model.init_args.lora.r", "4"], r"model\.init_args\.lora\.r: 8 → 4"),

@@ -895,6 +895,42 @@ def test_a_trial_of_a_config_leaves_no_stage(demo: Path, tmp_path: Path) -> None
         assert not (root / "hcrlhf.json").exists()
 
 
+def test_a_trial_of_a_policy_is_not_tested_and_leaves_no_checkpoint(
+    demo: Path, tmp_path: Path
+) -> None:
+    from hcrlhf.cli import NOT_TESTED
+
+    root, trial = tmp_path / "policy", ["--trainer.fast_dev_run", "true"]
+    assert fit(demo, root, *ALWAYS, tested(), *trial) == NOT_TESTED
+    assert read(root / "verdict.json")["reason"] == "fast_dev_run"
+    assert not (root / "checkpoints").exists() and not (tmp_path / "ledger.jsonl").exists()
+    trained = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
+    assert main(["test", *policy_arguments(demo, root, *ALWAYS, tested(), *trained, *trial)]) == (
+        NOT_TESTED
+    )
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_slurm_does_not_requeue_a_run_past_its_settings(
+    demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning.pytorch import Trainer
+
+    given = {"NTASKS": "1", "JOB_ID": "7", "PROCID": "0", "LOCALID": "0", "NODEID": "0"}
+    for name, value in (given | {"JOB_NAME": "train"}).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    seen: list[Any] = []
+    honest = Trainer._run
+
+    def run(self: Any, *arguments: Any, **options: Any) -> Any:
+        seen.append(self._accelerator_connector.cluster_environment)
+        return honest(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "_run", run)
+    assert fit_stage(demo, "sft", tmp_path / "sft", "--trainer.limit_train_batches", "1") == PASSED
+    assert type(seen[0]).__name__ == "SLURMEnvironment" and not seen[0].auto_requeue
+
+
 def test_a_stage_records_the_loss_of_the_weights_that_it_saves(
     demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
