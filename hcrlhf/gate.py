@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -210,16 +210,12 @@ class Gate:
                 self.ledger, _delta(constraints), self.schedule, self.state
             ) as ledger:
                 earlier = self._earlier(ledger) if self.continues else None
-
-                def plan(number: int, head: str, spent: frozenset[str]) -> _Planned:
-                    return self._plan(ledger, number, head, spent, earlier, asked)
-
-                planned = self._known(ledger, plan)
+                planned = self._known(ledger, earlier, asked)
                 if planned is None:
                     if keep_other:
                         self._refuse_another_plan(ledger)
                     number = earlier.test.number if earlier else ledger.next_test
-                    planned = plan(number, ledger.head, ledger.spent())
+                    planned = self._plan(ledger, number, earlier, asked)
                     arguments = (json_hash(planned.plan), planned.order, self.state)
                     # Before the ledger's line: who finds that line has to find the plan it names.
                     write_json(self.folder / cert.PLAN_FILE, planned.plan)
@@ -231,9 +227,7 @@ class Gate:
                 write_json(self.folder / cert.PLAN_FILE, planned.plan)
             yield SafetyTrial(self, planned, earlier, ledger)
 
-    def _known(
-        self, ledger: Ledger, plan: Callable[[int, str, frozenset[str]], _Planned]
-    ) -> _Planned | None:
+    def _known(self, ledger: Ledger, earlier: _Earlier | None, asked: _Asked) -> _Planned | None:
         """This run's plan as an earlier attempt wrote it, if its test is still to be finished.
 
         A test that was closed is finished here only if this folder began it: the same policy in
@@ -246,9 +240,9 @@ class Gate:
             test = ledger.tests[line["test"] - 1]
             if test.verdict is not None and test != begun:
                 continue
-            spent = Ledger(ledger.path, ledger.lines[: line["number"] - 1]).spent()
+            before = Ledger(ledger.path, ledger.lines[: line["number"] - 1])
             try:
-                planned = plan(line["test"], line["previous"], spent)
+                planned = self._plan(before, line["test"], earlier, asked)
             except InputError:
                 continue  # not enough fresh prompts then: it was not this plan
             if json_hash(planned.plan) == line["plan"]:
@@ -268,21 +262,16 @@ class Gate:
             )
 
     def _plan(
-        self,
-        ledger: Ledger,
-        number: int,
-        head: str,
-        spent: frozenset[str],
-        earlier: _Earlier | None,
-        asked: _Asked,
+        self, ledger: Ledger, number: int, earlier: _Earlier | None, asked: _Asked
     ) -> _Planned:
+        """The plan of test `number`, on the ledger as it stands before the test's own line."""
         granted = with_etas(self._granted(asked.constraints, number), asked.training_costs)
         share = ledgers.granted_share(self.schedule, number)
         human = self.human.granted(share) if self.human else None
         for constraint in granted:
             constraint.ready()
         needed = granted[0].safety_prompts
-        fresh = _fresh_prompts(asked.population, spent, needed, self.ledger)
+        fresh = _fresh_prompts(asked.population, ledger.spent(), needed, self.ledger)
         chosen = cert.choose(fresh, needed)
         plan = cert.make_plan(
             granted,
@@ -292,7 +281,7 @@ class Gate:
             {
                 "id": ledger.identity,
                 "test": number,
-                "head": head,
+                "head": ledger.head,
                 "schedule": ledger.schedule,
                 "delta": ledger.delta,
             },
@@ -480,9 +469,13 @@ class SafetyTrial:
             file.flush()
             os.fsync(file.fileno())
 
+    def _drawn(self) -> list[tuple[str, CostSamples]]:
+        """Seed and samples of every part in the order of the test, this run's own last."""
+        before = self.earlier.parts if self.earlier else []
+        return [*before, (self.seed, CostSamples.join(self._parts))]
+
     def _samples(self) -> CostSamples:
-        before = [samples for _, samples in self.earlier.parts] if self.earlier else []
-        return CostSamples.join([*before, *self._parts])
+        return CostSamples.join([samples for _, samples in self._drawn()])
 
     def _passes(self) -> bool:
         return all(j.passed for j in self._judge())
@@ -509,7 +502,7 @@ class SafetyTrial:
 
     def fail(self) -> None:
         """No solution found: seals the numbers, closes the test."""
-        parts = [*(self.earlier.parts if self.earlier else []), (self.seed, self._own())]
+        parts = self._drawn()
         judgements = self._judge()
         written = [[seed, _record(samples)] for seed, samples in parts]
         sealed = json_hash(written)
@@ -539,7 +532,7 @@ class SafetyTrial:
             RuntimeError: the costs do not pass.
         """
         samples = self._samples()
-        parts = [*(self.earlier.parts if self.earlier else []), (self.seed, self._own())]
+        parts = self._drawn()
         published = [cert.published_key(s, key) for s, part in parts for key in part.keys]
         rows = [
             {"prompt": p, "text": texts.get(key, ""), "response": t[0], "cost": float(c)}
@@ -586,9 +579,6 @@ class SafetyTrial:
         are never the same to the last digit.
         """
         self._partial.unlink(missing_ok=True)
-
-    def _own(self) -> CostSamples:
-        return CostSamples.join(self._parts)
 
     def _plans(self) -> list[dict[str, Any]]:
         return [*(self.earlier.plans if self.earlier else []), self.plan]

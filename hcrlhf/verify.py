@@ -171,9 +171,11 @@ def _bounds(record: Mapping[str, Any]) -> list[Check]:
     """Bounds, e-values and verdict, recomputed from the costs."""
     samples = _samples(record)
     constraints = _constraints(record["bounds"], len(samples.keys))
+    alike = all(cost == row[0] for row in record["data"]["costs"] for cost in row)
     results = [
         _same("n is the number of costs", record["data"]["n"], len(samples.keys)),
         _same("every prompt stands once", len(samples.keys), len(set(samples.keys))),
+        _same("every constraint judges the same costs", alike, True),
     ]
     judgements = cert.judge(constraints, samples)
     recomputed = cert.describe_bounds(constraints, judgements)
@@ -245,6 +247,7 @@ def _plan(record: Mapping[str, Any], path: Path) -> list[Check]:
             plan["policy"]["hash"],
             json_hash(plan["policy"]["files"]),
         ),
+        _same("one response to each prompt", data["responses_per_prompt"], 1),
         *_parts(data, plan),
     ]
     if plan["stopping"] != cert.SEQUENTIAL_STOP:
@@ -339,13 +342,11 @@ def _ledger(
         return [*results, Check("the ledger's chain", "FAILED", str(error))]
     results.append(Check("the ledger's chain", "ok", f"{len(ledger.lines)} lines"))
     results.append(_same("it is the certificate's ledger", said["id"], ledger.identity))
-    hashes = [line["hash"] for line in ledger.lines]
-    results.append(
-        Check(
-            "the ledger holds the line by which the test was opened",
-            "ok" if said["line"] in hashes and planned["head"] in hashes else "FAILED",
-        )
-    )
+    opened = next((x for x in ledger.lines if x.get("plan") == record["plan_hash"]), {})
+    results += [
+        _same("the line by which the test was opened", said["line"], opened.get("hash")),
+        _same("the ledger's head before it", planned["head"], opened.get("previous")),
+    ]
     test = ledger.find(record["plan_hash"])
     if test is None:
         return [*results, Check("the ledger knows this plan", "FAILED")]
@@ -393,11 +394,7 @@ def _retrospective(record: Mapping[str, Any], costs: Table | None) -> list[Check
     """The order is the derived one; the table, where it is given, is the one that was judged."""
     data = record["data"]
     names, column = data["prompts"], [row[0] for row in data["costs"]]
-    alike = all(cost == row[0] for row in data["costs"] for cost in row)
-    results = [
-        _same("the costs stand in the order of their prompts", names, sorted(names)),
-        _same("every constraint judges the same costs", alike, True),
-    ]
+    results = [_same("the costs stand in the order of their prompts", names, sorted(names))]
     if data["prompt_column"] is None:
         ordered = any(c.rule.reads_in_order for c in _constraints(record["bounds"], len(names)))
         results.append(_same("rows without ids are read in no order", ordered, False))

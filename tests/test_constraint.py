@@ -621,7 +621,8 @@ class Undecided(HallT):
 
 def test_where_search_and_decision_differ_the_reported_bound_follows_the_decision() -> None:
     for passing, upper in ((True, 0.5), (False, math.nextafter(0.5, 1))):
-        constraint = replace(student(0.5, safety_prompts=3), bound=Undecided(passing))
+        constraint = student(0.5, safety_prompts=3)
+        object.__setattr__(constraint, "bound", Undecided(passing))  # no bound of the project's
         assert constraint.judge([0.0, 1.0, 2.0]).upper == upper
 
 

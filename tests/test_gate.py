@@ -860,3 +860,60 @@ def test_a_policy_folder_is_hashed_file_by_file(tmp_path: Path) -> None:
     # printf abc | sha256sum
     expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert folder_hashes(tmp_path) == {"sub/a.txt": expected}
+
+
+# -- what stands where -----------------------------------------------------------------------------
+
+
+def uneven(seed: str, key: str) -> float:
+    """About -0.2, every prompt another cost."""
+    return harmless(seed, key) + 0.5
+
+
+def test_the_costs_of_a_continued_test_stand_beside_their_prompts(lab: Lab) -> None:
+    assert lab.run("first", uneven, sequential=True) == "NO_SOLUTION_FOUND"
+    first = lab.root / "first"
+    assert lab.run("second", uneven, sequential=True, continues=first, batch=1) == "PASS"
+    data = lab.certificate("second")["data"]
+    seeds = [seed for seed, count in data["seeds"] for _ in range(count)]
+    expected = [[uneven(s, key)] for s, key in zip(seeds, lab.asked, strict=True)]
+    assert data["costs"] == expected
+
+
+def test_a_sealed_file_that_was_edited_does_not_go_on(lab: Lab) -> None:
+    folder = undecided(lab)
+    sealed = read_json(folder / SEALED_FILE)
+    sealed["parts"][0][1]["costs"][0] = [[-1.0]]
+    write_json(folder / SEALED_FILE, sealed)
+    with pytest.raises(InputError, match="not what the ledger says was sealed"):
+        lab.run("second", slow, sequential=True, continues=folder)
+
+
+def test_the_ledger_promises_the_largest_delta(lab: Lab) -> None:
+    lab.run("run", constraints=(replace(MEAN, delta=0.2), replace(RATE, delta=0.1, threshold=0.5)))
+    assert lab.ledger.delta == 0.2
+    checks = verify(lab.root / "run" / "certificate.json", state=lab.root / "state")
+    assert not [c for c in checks if c.outcome == "FAILED"]
+
+
+def test_a_failed_test_that_fails_otherwise_keeps_its_first_numbers(lab: Lab) -> None:
+    lab.run("run", harmful)
+    before = (lab.root / "run" / SEALED_FILE).read_bytes()
+    with pytest.raises(InputError, match="found another"):
+        lab.run("run", lambda seed, key: harmful(seed, key) + 0.1)
+    assert (lab.root / "run" / SEALED_FILE).read_bytes() == before
+
+
+def test_the_certificate_names_the_line_that_opened_its_test(lab: Lab) -> None:
+    lab.run("a", harmful)
+    lab.run("b", files=OTHER_FILES)
+    record = lab.certificate("b")
+    (line,) = [x for x in lab.ledger.lines if x.get("plan") == record["plan_hash"]]
+    assert record["ledger"]["line"] == line["hash"]
+
+
+def test_the_same_plan_in_another_folder_leaves_its_plan_there(lab: Lab) -> None:
+    with lab.gate("a").test((MEAN,), Population(KEYS), FILES, PROVENANCE):
+        pass
+    assert lab.run("b") == "PASS"
+    assert read_json(lab.root / "b" / "plan.json") == lab.certificate("b")["plan"]

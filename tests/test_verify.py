@@ -6,6 +6,8 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -622,6 +624,43 @@ def test_garbage_anywhere_in_the_certificate_is_noticed(run: Path) -> None:
             assert failures(run), (place, value)
             count += 1
     assert count > 500
+
+
+# What a certificate alone cannot show to be otherwise: the ledger and the responses can.
+UNSEEN = [
+    *(("environment",), ("ledger", "line"), ("ledger", "file")),
+    *(("data", name) for name in ("truncated", "responses_sha256", "earlier_plans")),
+]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_without_its_ledger_a_certificate_still_shows_garbage(run: Path, tmp_path: Path) -> None:
+    honest, alone = read_json(run / "certificate.json"), elsewhere(tmp_path)
+    draw = random.Random(0)
+    count = 0
+    for place in paths_of(honest):
+        if place == ("hash",) or any(place[: len(unseen)] == unseen for unseen in UNSEEN):
+            continue
+        for value in draw.sample([*GARBAGE, ...], 5):
+            forged = without(honest, place) if value is ... else replaced(honest, place, value)
+            old = reduce(getitem, place, honest)
+            rounded = isinstance(old, float) and value == 0 and abs(old) < 1e-9
+            if forged != honest and not rounded:
+                write_forged(alone / "certificate.json", forged)
+                assert failures(alone), (place, value)
+                count += 1
+    assert count > 500
+
+
+def test_more_delta_than_was_granted_is_noticed_without_the_ledger(
+    run: Path, record: Record, tmp_path: Path
+) -> None:
+    for bound in record["bounds"]:
+        bound["delta"] = 0.05  # of the whole claim: the first test is granted half
+    honest_again(record)
+    alone = elsewhere(tmp_path)
+    resealed(alone, record)
+    assert failures(alone) == ["the δ that the ledger grants"]
 
 
 @pytest.mark.parametrize(
