@@ -76,7 +76,7 @@ UPDATES = 200
 KL_COEFFICIENT = 0.1
 LEARNING_RATE = 0.1  # of the table; falls to a tenth of it
 DUAL = ProjectedMultiplier(learning_rate=0.02)
-TYPES, ATOMS = 8, 4
+TYPES = 8
 
 SIZES = (100, 300, 1000)
 # Border trials of a cell that go through the gate, with ledger and files; a sequential one looks
@@ -594,7 +594,6 @@ BORDERS = {
     "2% severe harm, mean at τ": severe_border,
 }
 FIXED, SEQUENTIAL, STUDENT = "star + Clopper-Pearson", "e-processes, sequential", "Student-t (mean)"
-TESTS = (FIXED, SEQUENTIAL, STUDENT)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from hcrlhf.completions import COLUMNS, console_table, table_rows
 from hcrlhf.errors import InputError
@@ -53,6 +54,7 @@ class Completions(Callback):
         self.console = console
         self.predictions = predictions
         self._batch: Any = None
+        self._predicted = 0  # answers of one predict
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not isinstance(pl_module, SafetyTestable):
@@ -101,6 +103,7 @@ class Completions(Callback):
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove(trainer, self.predictions)
+        self._predicted = 0
 
     def on_predict_batch_end(
         self,
@@ -112,6 +115,11 @@ class Completions(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._append(trainer, self.predictions, outputs)
+        self._predicted += len(outputs)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        path = Path(trainer.default_root_dir) / self.predictions
+        rank_zero_info(f"{self._predicted} answers written to {path}")
 
     # -- files ---------------------------------------------------------------------------------
 

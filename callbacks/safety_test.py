@@ -207,6 +207,12 @@ class SafetyTest(Callback):
         )
         needed = cast(SafetyTestable, pl_module).constraints[0].safety_prompts
         self._gate(trainer).require_fresh(self._population, needed)
+        for other, count in self._gate(trainer).used_elsewhere(self._population).items():
+            rank_zero_info(
+                f"{count} of {len(pool)} safety prompts were used by tests of another ledger, "
+                f"{other}: a claim for itself, and this one's δ does not cover both; runs of one "
+                "claim lie beside each other, or name one file in callbacks.SafetyTest, ledger"
+            )
         if trainer.is_global_zero:  # of a run that was killed: not tested, and not to be used
             shutil.rmtree(self._folder(trainer) / "policy.tmp", ignore_errors=True)
         self._write(trainer, "NOT_TESTED", "the safety test has not run to its end", None)
@@ -306,6 +312,7 @@ class SafetyTest(Callback):
         ]
         columns = np.concatenate(costs)
         if not np.isfinite(columns).all():
+            rank_zero_info("candidate check: the cost of a validation prompt is no finite number")
             return False
         good = True
         for j, constraint in enumerate(with_etas(module.constraints, module.training_costs)):

@@ -173,11 +173,6 @@ def judge(constraints: Sequence[Constraint], samples: CostSamples) -> list[Judge
     return [c.judge(samples.costs[:, 0, j]) for j, c in enumerate(constraints)]
 
 
-def decided(constraints: Sequence[Constraint], samples: CostSamples) -> bool:
-    """Whether a sequential test may stop: every constraint passes on the costs so far."""
-    return all(j.passed for j in judge(constraints, samples))
-
-
 PASS_REASON = "every bound is within its limit"
 
 

@@ -16,6 +16,7 @@ from hcrlhf.backbone import LoraOptions
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.gate import Gate
+from hcrlhf.human import HumanLabels
 from hcrlhf.pessimism import PaperPessimism
 from hcrlhf.preferences import squash_range
 from hcrlhf.stages import FILE as STAGE_FILE
@@ -162,6 +163,8 @@ def gate_of(config: Config) -> Gate | None:
             options = dict(callback.get("init_args") or {})
             known = ("ledger", "schedule", "sequential", "continues")
             given = {name: options[name] for name in known if name in options}
+            if labels := options.get("human"):
+                given["human"] = HumanLabels(**labels)
             folder = Path(config["trainer"]["default_root_dir"]).expanduser()
             return Gate.configured(folder, **given)
     return None

@@ -64,8 +64,8 @@ class Constraint:
         safety_prompts: n, how many held-out prompts the safety test draws a response for; the
             largest number of them where the test is sequential.
         bound: None decides by declarations alone, never by data: Clopper-Pearson for a harm rate,
-            betting where the cost has a declared cap (star with a range, portfolio with a cap
-            alone), else Hall's t (asymptotic).
+            betting where the cost has a declared cap (star with a range, which values of a cvar
+            always have; portfolio with a cap alone), else Hall's t (asymptotic).
         lower, upper: the range of the cost, a fact about the cost function. A cost model that was
             trained with `squash` brings its own; a cost above `upper` is an error.
         alpha, eta: of "cvar": the share of worst responses, and the η of E[η + (c - η)₊/α], which

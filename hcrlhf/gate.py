@@ -177,6 +177,10 @@ class Gate:
         spent = ledger.spent() if ledger and not self.has_begun() else frozenset()
         _fresh_prompts(population, spent, needed, self.ledger)
 
+    def used_elsewhere(self, population: Population) -> dict[str, int]:
+        """`ledgers.used_elsewhere` of the safety set."""
+        return ledgers.used_elsewhere(population.keys, self.ledger, self.state)
+
     # -- the test ------------------------------------------------------------------------------
 
     @contextmanager

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from hcrlhf.errors import InputError
-from hcrlhf.hashing import canonical, sealed_hash
+from hcrlhf.hashing import canonical, replace_durably, sealed_hash
 
 SCHEMA = 1
 FILE = "ledger.jsonl"
@@ -87,11 +87,7 @@ def continuable(test: Test) -> bool:
 
 
 class Ledger:
-    """The checked content of a ledger file.
-
-    Raises:
-        InputError: a line was changed, removed, added or torn; says which and what to do.
-    """
+    """The content of a ledger file, which `parse` has checked."""
 
     def __init__(self, path: Path, lines: list[dict[str, Any]]) -> None:
         self.path = path
@@ -217,7 +213,11 @@ def read(path: Path, state: Path | None = None) -> Ledger:
 
 
 def parse(content: bytes, path: Path) -> list[dict[str, Any]]:
-    """The lines of a ledger file, each of which must be byte for byte what was written."""
+    """The lines of a ledger file, each of which must be byte for byte what was written.
+
+    Raises:
+        InputError: a line was changed, removed, added or torn; says which and what to do.
+    """
     if not content:
         raise InputError(f"{path} is empty; expected a ledger: restore the file from a copy")
     *complete, rest = content.split(b"\n")
@@ -519,11 +519,35 @@ def _remember(ledger: Ledger, state: Path | None) -> None:
                 "head": ledger.head,
                 "lines": len(ledger.lines),
             }
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(heads, indent=1) + "\n")
-            os.replace(temporary, path)
+            _write_state(path, heads)
     except OSError:
         pass
+
+
+def _write_state(path: Path, heads: Mapping[str, Any]) -> None:
+    """Call it with the lock held."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(heads, indent=1) + "\n")
+    replace_durably(temporary, path)
+
+
+def used_elsewhere(
+    prompts: Collection[str], own: Path, state: Path | None = None
+) -> dict[str, int]:
+    """How many of these prompts tests of other ledgers have used, by the ledger's path.
+
+    Of the ledgers that this machine remembers and that can still be read. Each claim has a δ of its
+    own: of two that share prompts neither covers both.
+    """
+    keys, here, found = short_keys(prompts), str(own.resolve()), {}
+    for path in sorted({entry["path"] for entry in _read_state(state).values()} - {here}):
+        try:
+            used = read(Path(path), state).spent() & keys
+        except InputError:
+            continue
+        if used:
+            found[path] = len(used)
+    return found
 
 
 def remembered_head(identity: str, state: Path | None = None) -> str | None:
@@ -547,12 +571,13 @@ def refuse_vanished(path: Path, state: Path | None = None) -> None:
 
 def forget(path: Path, state: Path | None = None) -> bool:
     """Drops what the state directory knows of a ledger in this place; False if nothing."""
-    file, heads = _state_file(state), _read_state(state)
-    kept = {k: v for k, v in heads.items() if v["path"] != str(path.resolve())}
-    if file is None or len(kept) == len(heads):
+    if (file := _state_file(state)) is None or not file.is_file():
         return False
-    file.write_text(json.dumps(kept, indent=1) + "\n")
-    return True
+    with FileLock(f"{file}.lock"):
+        heads = _read_state(state)
+        kept = {k: v for k, v in heads.items() if v["path"] != str(path.resolve())}
+        _write_state(file, kept)
+    return len(kept) < len(heads)
 
 
 def drop_torn_line(path: Path) -> int:
@@ -576,7 +601,7 @@ def drop_torn_line(path: Path) -> int:
         parse(whole, path)
         temporary = path.with_name(path.name + ".tmp")
         temporary.write_bytes(whole)
-        os.replace(temporary, path)
+        replace_durably(temporary, path)
         return len(content) - len(whole)
 
 

@@ -7,6 +7,7 @@ and the three folders beside it.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from typing import Any, NoReturn
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
+import yaml
 from filelock import FileLock, Timeout
 from lightning.fabric.plugins.environments import ClusterEnvironment, SLURMEnvironment
 from lightning.pytorch import LightningModule, Trainer
@@ -41,7 +43,15 @@ from callbacks import BestCandidate, Checkpoint, Completions, Progress, SafetyTe
 from datamodules import Demonstrations, Preferences, Prompts
 from hcrlhf import doctor, processes, resume
 from hcrlhf.backbone import LoraOptions
-from hcrlhf.certificate import PLAN_FILE, VERDICT_FILE, read_verdict, verdict_record
+from hcrlhf.certificate import (
+    CERTIFICATE_FILE,
+    PLAN_FILE,
+    VERDICT_FILE,
+    number,
+    plain,
+    read_verdict,
+    verdict_record,
+)
 from hcrlhf.cli import (
     INTERRUPTED,
     NO_SOLUTION,
@@ -53,7 +63,7 @@ from hcrlhf.cli import (
 from hcrlhf.completions import markdown_table
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError, is_out_of_memory
-from hcrlhf.hashing import require_writable, write_json, write_text
+from hcrlhf.hashing import read_json, require_writable, write_json, write_text
 from hcrlhf.human import HumanLabels
 from hcrlhf.kl import AdaptiveKL
 from hcrlhf.methods import METHODS
@@ -179,6 +189,10 @@ class SaveConfig(SaveConfigCallback):
         if trainer.is_global_zero:
             folder.mkdir(parents=True, exist_ok=True)
         self._take(trainer)
+        if trainer.ckpt_path is None and (folder / resume.FILE).is_file():
+            rank_zero_info(
+                f"{folder / resume.FILE} will be replaced; --ckpt_path last would go on from it"
+            )
         if trainer.is_global_zero:
             config = self.config.clone()
             config.ckpt_path = None  # where a run went on from is not part of what it is
@@ -361,10 +375,6 @@ class CLI(LightningCLI):
                 rank_zero_info(f"  changed from here on: {change}")
         elif given is not None:
             rank_zero_info(f"no {folder / resume.FILE} yet: the run begins at its first update")
-        elif command == "fit" and (folder / resume.FILE).is_file():
-            rank_zero_info(
-                f"{folder / resume.FILE} will be replaced; --ckpt_path last would go on from it"
-            )
 
     def before_test(self) -> None:
         self._require_no_verdict()
@@ -498,7 +508,28 @@ def run(arguments: Sequence[str]) -> int:
     return PASSED
 
 
+def require_yaml(arguments: Sequence[str]) -> None:
+    """
+    Raises:
+        InputError: a config file is no YAML; says where, which the parser does not.
+    """
+    pairs = [argument.partition("=") for argument in arguments]
+    names = [value for flag, _, value in pairs if flag == "--config"]
+    names += [value for flag, value in itertools.pairwise(arguments) if flag == "--config"]
+    for path in (Path(name) for name in names if name):
+        try:
+            for _ in yaml.parse(path.read_text(encoding="utf-8")) if path.is_file() else ():
+                pass
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise InputError(f"{path}{place}: not YAML ({error.problem})") from None
+        except (OSError, ValueError, yaml.YAMLError):
+            pass  # the parser says what is wrong
+
+
 def _cli(arguments: Sequence[str], cls: type[CLI] = CLI) -> CLI:
+    require_yaml(arguments)
     return cls(
         save_config_callback=SaveConfig,
         parser_class=Parser,
@@ -550,7 +581,20 @@ def _verdict_code(trainer: Trainer) -> int:
     words = record["verdict"].replace("_", " ").lower() if record["verdict"] != "PASS" else "PASS"
     if trainer.is_global_zero:
         print(f"verdict: {words} ({record['reason']}); see {path.parent}")
+        if record["verdict"] == "PASS":
+            print(f"  {pass_figures(read_json(path.with_name(CERTIFICATE_FILE)))}")
     return {"PASS": PASSED, "NO_SOLUTION_FOUND": NO_SOLUTION}.get(record["verdict"], NOT_TESTED)
+
+
+def pass_figures(certificate: Mapping[str, Any]) -> str:
+    """What a certificate found, in one line; only a PASS may show it."""
+    bounds = [
+        f"{b['estimand']}: U {number(b['found']['upper'])}, limit {plain(b['threshold'])}"
+        for b in certificate["bounds"]
+    ]
+    data = certificate["data"]
+    cut = f"{data['truncated']} of {data['n']} responses cut at the length limit"
+    return "; ".join([*bounds, cut])
 
 
 def _quiet() -> None:

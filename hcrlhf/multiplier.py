@@ -5,7 +5,7 @@ is λ. The policy module keeps one state per constraint, in its checkpoint. One 
 
 λ is the price of one standard deviation of its constraint, in standard deviations of the reward:
 both what it weighs and the violation that steers it are divided by the running σ̄
-(`constraint.py`), so that one start and one rate serve constraints of any scale.
+(`dual.RunningVariance`), so that one start and one rate serve constraints of any scale.
 """
 
 from __future__ import annotations

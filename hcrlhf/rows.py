@@ -39,6 +39,8 @@ def read_rows(source: str, split: str = "train", expected: str = "a file of exam
         raise InputError(f"{source} does not exist; expected {expected}")
     if path.is_file() and suffix not in FORMATS:
         raise InputError(f"{source} is of no known kind; expected one of {', '.join(FORMATS)}")
+    if path.is_file() and path.stat().st_size == 0:
+        raise InputError(f"{source} has no rows")
     if path.is_dir():
         raise InputError(f"{source} is a folder; expected a file of examples in it")
     datasets.disable_progress_bars()
@@ -79,7 +81,7 @@ def hub_source(source: str) -> tuple[str, str, str]:
 
 
 def text_field(row: Row, field: str, source: str, index: int) -> str:
-    """row[field], which must be a text that is not empty.
+    """row[field], which must be a text.
 
     Raises:
         InputError: it is missing or not a text.

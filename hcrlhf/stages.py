@@ -115,6 +115,35 @@ class ClassifierStage:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+def held_out(metrics: Mapping[str, float]) -> str:
+    """What a stage has measured on held-out examples, in words."""
+    if "loss" in metrics:
+        return f"held out: loss {metrics['loss']:.3f}"
+    if "accuracy" not in metrics:
+        return "nothing was held out"
+    low, high = metrics["accuracy_low"], metrics["accuracy_high"]
+    doubt = ", not told from chance" if low <= 0.5 <= high else ""
+    return (
+        f"held out: accuracy {metrics['accuracy']:.3f} ({low:.3f} to {high:.3f}) on "
+        f"{metrics['pairs']:.0f} pairs{doubt}"
+    )
+
+
+def require_tokens(stage: Stage, identity: str, slot: str) -> None:
+    """
+    Args:
+        identity: `TextEncoder.identity` of the tokenizer that lies in the stage's folder.
+
+    Raises:
+        InputError: it is not the one that the stage was trained with.
+    """
+    if stage.tokens is not None and stage.tokens != identity:
+        raise InputError(
+            f"{slot}: the tokenizer or chat template in its folder is not the one that this stage "
+            "was trained with; restore it, or run the stages again"
+        )
+
+
 def write_stage(folder: Path, stage: Stage, prompt_keys: Collection[str]) -> None:
     """Writes `hcrlhf.json` and the keys of the prompts that the stage was trained on.
 

@@ -60,6 +60,8 @@ def verify(
     Raises:
         InputError: the file cannot be read, or is of a schema that this version does not know.
     """
+    if path.is_dir():
+        path = path / cert.CERTIFICATE_FILE
     try:
         record = read_json(path)
     except OSError as error:
@@ -69,6 +71,8 @@ def verify(
     schema = record.get("schema") if isinstance(record, dict) else None
     if isinstance(record, dict) and record.get("kind") == "human":
         return _run([lambda: _human(record, path, ledger, state)])
+    if isinstance(record, dict) and not {"claim", "bounds", "hash"} & record.keys():
+        raise InputError(f"{path} is no certificate; expected a run's {cert.CERTIFICATE_FILE}")
     if schema != cert.SCHEMA:
         detail = f"schema {_short(repr(schema))}; expected {cert.SCHEMA}"
         return [Check("the schema is known", "FAILED", detail)]

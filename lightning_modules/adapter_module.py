@@ -21,7 +21,7 @@ from hcrlhf.errors import InputError, is_out_of_memory
 from hcrlhf.gradients import known_gradient
 from hcrlhf.resume import rng_state, set_rng_state
 from hcrlhf.stages import FILE as STAGE_FILE
-from hcrlhf.stages import BackboneSource, Role, read_stage
+from hcrlhf.stages import BackboneSource, ClassifierStage, Role, Stage, held_out, read_stage
 from hcrlhf.text import ChatFormat, TextEncoder, Tokens, one_line
 
 QUANTISES_ADAPTERS = (
@@ -237,6 +237,9 @@ class StageModule(LightningModule):
             return False
         self._require_finite_weights("stage")
         return bool(self.trainer.is_global_zero)
+
+    def say_written(self, stage: Stage | ClassifierStage) -> None:
+        rank_zero_info(f"{held_out(stage.metrics)}; written to {self.run_folder}")
 
     def _require_finite_weights(self, what: str) -> None:
         """

@@ -399,14 +399,15 @@ class Policy(ScoredPolicy):
 
     def _warn_reversed(self) -> None:
         """Says so, once in a process, when a margin punishes many responses for being safe."""
-        share = max(self.dual.reversed_shares)
+        dual = self.dual
+        found = zip(dual.multipliers, dual.reversed_shares, dual.pessimisms, strict=True)
+        share, k = max((share, k) if value > 0 else (0.0, 0.0) for value, share, k in found)
         if share > REVERSED and not self._said_reversed:
             self._said_reversed = True
-            k = self.dual.pessimisms[self.dual.reversed_shares.index(share)]
             rank_zero_warn(
                 f"update {self.updates}: {share:.0%} of the responses are so safe that the margin "
                 f"of k = {k:.3g} standard deviations punishes them for it, since they widen the "
-                "spread; more safety prompts make k smaller, and cvar looks at the worst alone"
+                "spread; more safety_prompts make k smaller, and cvar looks at the worst alone"
             )
 
     def _warn_truncated(self, rollout: Rollout) -> None:

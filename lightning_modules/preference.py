@@ -12,7 +12,14 @@ from hcrlhf import optimizers
 from hcrlhf.backbone import LoraOptions, load_head
 from hcrlhf.errors import InputError
 from hcrlhf.examples import Pair
-from hcrlhf.stages import Stage, fingerprint, read_prompt_keys, read_stage, write_stage
+from hcrlhf.stages import (
+    Stage,
+    fingerprint,
+    read_prompt_keys,
+    read_stage,
+    require_tokens,
+    write_stage,
+)
 from hcrlhf.text import Encoded, TextEncoder, Tokens, collate, load_tokenizer
 from lightning_modules.adapter_module import AdapterModule, Schedule, add_trained_role, check_size
 from lightning_modules.pair_module import PairModule, require_same_scores
@@ -93,6 +100,7 @@ class Preference(PairModule, AdapterModule):
                 "trained on; run the supervised stage again"
             )
         self.encoder = TextEncoder(load_tokenizer(self.sft), sft.chat)
+        require_tokens(sft, self.encoder.identity(), "sft")
 
     def configure_model(self) -> None:
         if hasattr(self, "backbone"):
@@ -148,6 +156,7 @@ class Preference(PairModule, AdapterModule):
             **measured,
         )
         write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.sft))
+        self.say_written(stage)
 
     def _compare_with_disk(self) -> None:
         if self._probe is None:

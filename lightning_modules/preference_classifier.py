@@ -137,6 +137,7 @@ class PreferenceClassifier(PairModule):
             **measured,
         )
         write_classifier_stage(folder, stage, self._seen_keys | read_prompt_keys(self.source))
+        self.say_written(stage)
 
     def _compare_with_disk(self) -> None:
         if self._probe is None:

@@ -51,6 +51,7 @@ from hcrlhf.stages import (
     read_stage,
     require_own_base,
     require_same_base,
+    require_tokens,
     write_stage,
 )
 from hcrlhf.text import (
@@ -173,7 +174,9 @@ class ScoredPolicy(AdapterModule):
         super().setup(stage)
         self._check_trainer(stage)
         self._read_stages()
-        self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), self.stages["sft"].chat)
+        sft = self.stages["sft"]
+        self.encoder = TextEncoder(load_tokenizer(self.folders["sft"]), sft.chat)
+        require_tokens(sft, self.encoder.identity(), "sft")
         if self.given is not None:
             self._check_given(Path(self.given))
 
@@ -541,7 +544,8 @@ class ScoredPolicy(AdapterModule):
         return self.answers(batch, "predict")
 
     def answers(self, batch: PromptBatch, purpose: str) -> list[dict[str, Any]]:
-        """One record per prompt: key, prompt, response, reward (standardised), cost, truncated.
+        """One record per prompt: key, prompt, response, reward (standardised), cost,
+        kl (nats per response), truncated.
 
         Args:
             purpose: names the random numbers.

@@ -154,3 +154,4 @@ class Supervised(AdapterModule):
             metrics={} if self._held_out is None else {"loss": self._held_out},
         )
         write_stage(folder, stage, self._seen_keys | read_prompt_keys(self.source.folder))
+        self.say_written(stage)

@@ -245,6 +245,15 @@ def test_a_negative_weight_of_the_loss_is_refused(refused: Refused, name: str) -
     assert f"{name} is not negative" in refused("cost", f"--model.init_args.{name}=-1")
 
 
+def test_of_several_configs_the_one_that_is_no_yaml_is_named_with_its_place(
+    refused: Refused, tmp_path: Path
+) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text("data:\n  init_args: {updates: 3\n")
+    for given in ([f"--config={path}"], ["--config", str(path)]):
+        assert f"{path}, line 3, column 1: not YAML (" in refused("policy", *given)
+
+
 def test_a_config_that_is_no_text_is_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,6 @@ from hcrlhf.certificate import (
     certificate_page,
     choose,
     claim_sentence,
-    decided,
     describe_bounds,
     diagnose,
     environment,
@@ -350,20 +349,6 @@ def test_a_single_cost_that_is_not_finite_fails_every_constraint(
     judgements = judge([MEAN, RATE], samples(costs))
     assert [(j.upper, j.passed) for j in judgements] == [(math.inf, False)] * 2
     assert [j.threshold for j in judgements] == [0.0, 0.3]
-
-
-def sequential_samples(count: int, value: float = -2.0) -> CostSamples:
-    return samples(np.full((count, 1, 2), value) + np.linspace(0, 1, count)[:, None, None])
-
-
-def test_a_sequential_test_is_decided_once_every_constraint_passes() -> None:
-    star, rate = STAR.sequential(), RATE.sequential()
-    assert not decided([star, rate], sequential_samples(3))
-    assert decided([star, rate], sequential_samples(30))
-    costs = sequential_samples(30).costs.copy()
-    costs[:, 0, 1] = 1.0
-    assert not decided([star, rate], samples(costs))
-    assert decided([star], samples(costs[:, :, :1]))
 
 
 @pytest.mark.parametrize(

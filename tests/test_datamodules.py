@@ -107,7 +107,7 @@ def test_a_file_changed_in_place_is_read_again(tmp_path: Path) -> None:
     [
         ("missing.jsonl", None, "does not exist"),
         ("broken.jsonl", '{"prompt": "a"}\n{"prompt": ', "cannot be parsed"),
-        ("empty.jsonl", "", "x|no rows|cannot be parsed"),
+        ("empty.jsonl", "", "has no rows"),
         ("notes.txt", "hello", "no known kind"),
         ("binary.parquet", "not parquet", "cannot be parsed"),
     ],

@@ -880,6 +880,19 @@ def test_the_costs_of_a_continued_test_stand_beside_their_prompts(lab: Lab) -> N
     assert data["costs"] == expected
 
 
+def test_prompts_that_another_ledger_has_used_are_known_on_this_machine(lab: Lab) -> None:
+    lab.run("first")
+    gate = Gate(
+        lab.root / "new" / "run", lab.root / "new" / "ledger.jsonl", state=lab.root / "state"
+    )
+    own = lab.root / "ledger.jsonl"
+    assert gate.used_elsewhere(Population(KEYS)) == {str(own.resolve()): len(lab.asked)}
+    assert gate.used_elsewhere(Population(["f" * 64])) == {}
+    assert lab.gate("second").used_elsewhere(Population(KEYS)) == {}  # its own ledger knows them
+    own.unlink()
+    assert gate.used_elsewhere(Population(KEYS)) == {}
+
+
 def test_a_sealed_file_that_was_edited_does_not_go_on(lab: Lab) -> None:
     folder = undecided(lab)
     sealed = read_json(folder / SEALED_FILE)

@@ -22,7 +22,7 @@ from hcrlhf.bounds import betting_upper
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
 from hcrlhf.demo import CONFIGS, POLICIES, Demo
 from hcrlhf.hashing import folder_hashes, json_hash
-from hcrlhf.stages import read_prompt_keys
+from hcrlhf.stages import held_out, read_prompt_keys
 from hcrlhf.text import Encoded, collate
 from hcrlhf.world import ModelSizes, WorldSizes
 
@@ -1177,13 +1177,48 @@ def test_completions_show_the_same_prompts_as_the_policy_learns_and_do_not_touch
     assert states[0] == states[1]
 
 
-def test_validate_and_predict_run_on_a_finished_policy(demo: Path, tmp_path: Path) -> None:
+def test_validate_and_predict_run_on_a_finished_policy(
+    demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoint = ["--ckpt_path", str(demo / "policy" / "checkpoints" / "last.ckpt")]
     arguments = policy_arguments(demo, tmp_path / "v", *ALWAYS)
     assert main(["validate", *arguments, *checkpoint]) == PASSED
     assert main(["predict", *arguments, *checkpoint]) == PASSED
     records = (tmp_path / "v" / "predictions.jsonl").read_text().splitlines()
     assert {"prompt", "response", "reward", "cost"} <= json.loads(records[0]).keys()
+    assert f"{len(records)} answers written to {tmp_path / 'v'}" in caplog.text
+
+
+def test_a_supervised_folder_with_another_tokenizer_is_refused(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other" / "sft"
+    shutil.copytree(demo / "sft", other)
+    rules = read(other / "tokenizer.json")
+    vocabulary = rules["model"]["vocab"]
+    one, two = sorted(vocabulary, key=vocabulary.get)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+    (other / "tokenizer.json").write_text(json.dumps(rules))
+    given = f"--model.init_args.sft={other}"
+    assert fit(demo, tmp_path / "policy", *ALWAYS, given) == 2
+    assert "sft: the tokenizer or chat template in its folder is not the one" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_stage_ends_with_what_it_measured_on_held_out_examples(
+    demo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    quick = ["--trainer.limit_train_batches", "1"]
+    for name in ("sft", "reward"):
+        assert fit_stage(demo, name, tmp_path / name, *quick) == PASSED
+        metrics = read(tmp_path / name / "hcrlhf.json")["metrics"]
+        assert f"{held_out(metrics)}; written to {tmp_path / name}" in caplog.text
+    assert held_out({"loss": 1.2345}) == "held out: loss 1.234"
+    near = {"accuracy": 0.55, "accuracy_low": 0.49, "accuracy_high": 0.61, "pairs": 294.0}
+    assert held_out(near) == (
+        "held out: accuracy 0.550 (0.490 to 0.610) on 294 pairs, not told from chance"
+    )
 
 
 def test_a_finished_stage_is_measured_as_it_was_saved(

@@ -14,7 +14,7 @@ import torch
 from hcrlhf.constraint import Constraint
 from hcrlhf.errors import InputError
 from hcrlhf.kl import AdaptiveKL
-from hcrlhf.multiplier import ProjectedMultiplier
+from hcrlhf.multiplier import MultiplierState, ProjectedMultiplier
 from hcrlhf.ppo import PPO
 from tests.test_rloo import rollout_of
 
@@ -200,6 +200,12 @@ def test_a_margin_that_punishes_safe_responses_is_said_once() -> None:
     costs, keys = np.array([*[0.0] * 17, *[-5.0] * 3]), [str(row) for row in range(20)]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        start = module.dual.states
+        module.dual.states = [MultiplierState(0.0)]
+        module.dual.judge(costs, keys)
+        module._warn_reversed()
+        assert not caught  # nothing is punished while λ is 0
+        module.dual.states = start
         for _ in range(3):
             module.dual.judge(costs, keys)
             module._warn_reversed()

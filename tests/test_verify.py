@@ -119,6 +119,14 @@ def test_an_honest_certificate_is_verified_in_every_part(
     )
 
 
+def test_the_folder_of_a_run_will_do_and_other_files_are_no_certificates(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(run)]) == PASSED
+    assert main(["verify", str(run / cert.PLAN_FILE)]) == BAD_INPUT
+    assert "plan.json is no certificate; expected a run's" in capsys.readouterr().err
+
+
 def test_it_stays_verified_after_later_tests_in_the_same_ledger(run: Path, tmp_path: Path) -> None:
     other = passed_run(tmp_path, "other", offset=-0.01)
     assert failures(run) == failures(other) == []
@@ -817,7 +825,7 @@ def test_the_pinned_certificate_passes_by_a_bound_worked_out_otherwise() -> None
     # No harm in 40: Clopper-Pearson is 1 - δ^(1/n).
     assert max(costs) < 0
     assert rate["found"]["upper"] == pytest.approx(1 - 0.025 ** (1 / 40))
-    # star, by the formula of BOUNDS.md, against the threshold itself.
+    # star, by its formula (Waudby-Smith & Ramdas 2024), against the threshold itself.
     u = [(cost + 4) / 8 for cost in costs]
     m, log_goal, wealth, total, squares = (-0.25 + 4) / 8, np.log(1 / 0.025), 0.0, 0.5, 0.25
     for i, x in enumerate(u, start=1):
