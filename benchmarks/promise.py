@@ -64,7 +64,7 @@ from hcrlhf.safety import CostSamples
 
 MEASURED = (
     *("samples", "bounds", "betting", "methods", "constraint", "multiplier", "dual"),
-    *("certificate", "ledger", "gate"),
+    *("pessimism", "certificate", "ledger", "gate"),
 )
 CAP = 4.0  # the squashed cost lies in [-4, 4]
 DELTA = 0.05

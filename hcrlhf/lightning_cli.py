@@ -508,6 +508,23 @@ def run(arguments: Sequence[str]) -> int:
     return PASSED
 
 
+OF_A_POLICY = (
+    "--ckpt_path FILE is the checkpoint of a run, --policy FOLDER an adapter or merged model"
+)
+HELP = {
+    command: {
+        "description": description,
+        "epilog": "the keys below model and data: hcrlhf fit --model.help CLASS, --data.help CLASS",
+    }
+    for command, description in {
+        "fit": "Trains a stage; a policy's safety test comes at its end.",
+        "validate": "Measures a stage, or a policy, on what it was not trained on.",
+        "test": f"The safety test of a policy that is trained: {OF_A_POLICY}.",
+        "predict": f"A policy's answers to the evaluation prompts: {OF_A_POLICY}.",
+    }.items()
+}
+
+
 def require_yaml(arguments: Sequence[str]) -> None:
     """
     Raises:
@@ -533,6 +550,7 @@ def _cli(arguments: Sequence[str], cls: type[CLI] = CLI) -> CLI:
     return cls(
         save_config_callback=SaveConfig,
         parser_class=Parser,
+        parser_kwargs={"prog": "hcrlhf", **HELP},
         # The modules make their own optimizers.
         auto_configure_optimizers=False,
         # The module's arguments are not kept in checkpoints: a resumed run takes its settings

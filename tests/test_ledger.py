@@ -461,11 +461,13 @@ FAIL = {
 }
 PASS = {"kind": "close", "verdict": "PASS", "certificate": "c", "sealed": None, "unused": []}
 BURN = {"kind": "burn"}
+LABELS = {"kind": "labels", "labels": "d" * 64}
 LEGAL: list[list[tuple[dict[str, Any], Any]]] = [
     [(OPEN, 1), (OPEN, 2), (FAIL, 2), (FAIL, 1), (OPEN, 3)],
     [(OPEN, 1), (FAIL, 1), (MORE, 1), (FAIL, 1), (MORE, 1), (PASS, 1)],
     [(OPEN, 1), (FAIL, 1), (BURN, 1), (BURN, 1)],
     [(OPEN, 1), (PASS, 1), (BURN, 1)],
+    [(OPEN, 1), (PASS, 1), (LABELS, 1)],
 ]
 ILLEGAL: list[list[tuple[dict[str, Any], Any]]] = [
     [(FAIL, 1)],
@@ -485,6 +487,9 @@ ILLEGAL: list[list[tuple[dict[str, Any], Any]]] = [
     [(OPEN, 1), (PASS, 1), (FAIL, 1)],
     [(OPEN, 1), (PASS, 1), (MORE, 1)],
     [(OPEN, 1), (FAIL, 1), (BURN, 1), (MORE, 1)],
+    [(OPEN, 1), (LABELS, 1)],
+    [(OPEN, 1), (FAIL, 1), (LABELS, 1)],
+    [(OPEN, 1), (PASS, 1), (LABELS, 1), (LABELS, 1)],
     [(OPEN, 1), ({"kind": "ledger"}, 1)],
     [(OPEN, 1), ({"kind": None}, 1)],
 ]
