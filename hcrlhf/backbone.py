@@ -678,9 +678,10 @@ def _log_probs_of(logits: Tensor, targets: Tensor, temperature: float) -> Tensor
 class FrozenOutput(torch.autograd.Function):
     """Log-probabilities of target tokens, (N,), from states (N, H) by a frozen layer (V, H).
 
-    With z = W s / temperature and p = softmax(z), ∂ log p_y / ∂ s = (W_y - Wᵀp) / temperature.
+    With z = W s / temperature and p = softmax(z), ∂ log p_y / ∂ s = Wᵀ(1_y - p) / temperature.
     That needs nothing from the backward pass but a factor per token, so it is formed at once and
-    the (N, V) logits are gone when the forward pass is.
+    the (N, V) logits are gone when the forward pass is. 1_y - p is taken in float32: rounded to 16
+    bits before, W_y and Wᵀp are the same for a token that the model is sure of.
     """
 
     @staticmethod
@@ -689,8 +690,10 @@ class FrozenOutput(torch.autograd.Function):
     ) -> Tensor:
         logits = nn.functional.linear(states, weight)
         result = _log_probs_of(logits, targets, temperature)
-        slope = weight[targets] - logits.float().div_(temperature).softmax(-1).to(weight) @ weight
-        ctx.save_for_backward((slope / temperature).to(states))
+        excess = logits.float().div_(temperature).softmax(-1)
+        excess[torch.arange(len(targets), device=excess.device), targets] -= 1
+        slope = excess.to(weight) @ weight / -temperature
+        ctx.save_for_backward(slope.to(states))
         return result
 
     @staticmethod

@@ -11,7 +11,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from hcrlhf.backbone import BASE, Backbone, LoraOptions, load_causal_lm, load_head
+from hcrlhf.backbone import (
+    BASE,
+    Backbone,
+    FrozenOutput,
+    LoraOptions,
+    load_causal_lm,
+    load_head,
+)
 from hcrlhf.errors import InputError
 from hcrlhf.stages import BackboneSource
 from hcrlhf.text import Encoded, Tokens, collate, join
@@ -245,6 +252,21 @@ def test_a_frozen_output_layer_passes_the_gradient_that_a_trained_one_would(
     assert gradients[0] is not None
     assert gradients[0].abs().max() > 0.01
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+
+
+def test_a_token_that_the_model_is_sure_of_keeps_its_gradient_in_16_bits() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(50, 32, generator=generator).bfloat16()
+    targets = torch.arange(50)
+    states = (weight / 2.5).requires_grad_()
+    exact = states.detach().double().requires_grad_()
+    logits = exact @ weight.double().T
+    assert ((logits.softmax(-1)[targets, targets] > 0.99).double().mean()) > 0.5
+    logits.log_softmax(-1)[targets, targets].sum().backward()
+    FrozenOutput.apply(states, weight, targets, 1.0).sum().backward()
+    assert states.grad is not None and exact.grad is not None
+    error = (states.grad.double() - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+    assert error.median() < 0.05  # 0.95 where W_y and Wᵀp are rounded before they are subtracted
 
 
 @pytest.mark.parametrize("trained", [False, True])
