@@ -503,12 +503,16 @@ class Policy(ScoredPolicy):
     def _minibatch(
         self, rollout: Rollout, targets: Targets, rows: Tensor, demonstrations: list[Encoded]
     ) -> dict[str, float]:
-        """Gradients of one minibatch, a micro-batch at a time; token means over all of it.
+        """Gradients of one minibatch, a micro-batch at a time, per response token.
+
+        The tokens that sums are divided by are those of an average minibatch of this rollout. By
+        its own tokens a minibatch would weigh each response by its companions' lengths, the short
+        ones more than the long ones, and a baseline would no longer cancel.
 
         With several processes each takes its share of the rows; the gradients are theirs, to be
         summed, and the means are of all.
         """
-        count = rollout.tokens.response_mask[rows].sum()
+        count = rollout.tokens.response_mask.sum() * (len(rows) / len(rollout.keys))
         mine = rows[processes.share(len(rows))]
         rollout, targets = rollout.rows(mine), targets.rows(mine)
 
