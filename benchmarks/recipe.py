@@ -209,8 +209,7 @@ def shipped() -> str:
         f"({PREFERENCE_MIX.blemish:.0%} of answers that give steps blemished, "
         "a quarter of these about another topic, a quarter broken), "
         f"reward model of {reward['trainer']['max_epochs']} epochs, "
-        f"{sizes.validation} validation prompts in a last look, {LOOK} in others, "
-        "responses weighed alike in every minibatch, k by pairs"
+        f"{sizes.validation} validation prompts in a last look, {LOOK} in others"
     )
 
 

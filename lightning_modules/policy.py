@@ -503,16 +503,16 @@ class Policy(ScoredPolicy):
     def _minibatch(
         self, rollout: Rollout, targets: Targets, rows: Tensor, demonstrations: list[Encoded]
     ) -> dict[str, float]:
-        """Gradients of one minibatch, a micro-batch at a time, per response token.
+        """Gradients of one minibatch, a micro-batch at a time; token means over all of it.
 
-        The tokens that sums are divided by are those of an average minibatch of this rollout. By
-        its own tokens a minibatch would weigh each response by its companions' lengths, the short
-        ones more than the long ones, and a baseline would no longer cancel.
+        By its own tokens, as is usual: in a minibatch of few responses a short one weighs a little
+        more than a long one. With one divisor for all minibatches of a rollout, which would be
+        unbiased, PPO gained no more, perhaps less (docs/recipe.md).
 
         With several processes each takes its share of the rows; the gradients are theirs, to be
         summed, and the means are of all.
         """
-        count = rollout.tokens.response_mask.sum() * (len(rows) / len(rollout.keys))
+        count = rollout.tokens.response_mask[rows].sum()
         mine = rows[processes.share(len(rows))]
         rollout, targets = rollout.rows(mine), targets.rows(mine)
 

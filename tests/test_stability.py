@@ -91,22 +91,6 @@ def test_scores_are_clamped_and_cut_responses_pay_and_costs_stay_what_they_are()
     assert streams[1].tolist() == plain[1].tolist()
 
 
-def test_a_response_weighs_the_same_whatever_its_companions_in_a_minibatch() -> None:
-    module = policy()
-    rollout = rollout_of(["a", "b", "c", "d"], [[0.0]] * 4, [1, 9, 2, 8])
-    divisors: list[float] = []
-
-    def accumulate(rollout: Any, targets: Any, count: torch.Tensor) -> dict[str, float]:
-        divisors.append(float(count))
-        return {}
-
-    module._accumulate = accumulate
-    for rows in ([0, 2], [1, 3], [0, 1, 2, 3]):
-        module._minibatch(rollout, SimpleNamespace(rows=lambda _: None), torch.tensor(rows), [])
-    # Twenty tokens in all: as many to the two short ones as to the two long ones.
-    assert divisors == [10.0, 10.0, 20.0]
-
-
 def test_a_gradient_that_is_not_finite_is_skipped_and_ten_in_a_row_end_the_run() -> None:
     module = policy()
     good, bad = torch.tensor(1.0), torch.tensor(math.nan)
