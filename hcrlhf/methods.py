@@ -89,10 +89,10 @@ class Bound(ABC):
         return [name for name in self.needs if getattr(within, name) is None]
 
 
-def resamples(values: ArrayLike, n: int, count: int, seed: int = 0) -> list[Floats]:
-    """`count` samples of n values, drawn with replacement; the same ones for the same seed."""
+def resamples(values: ArrayLike, n: int, count: int) -> list[Floats]:
+    """`count` samples of n values, drawn with replacement; the same ones on each call."""
     x = finite_sample(values)
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     return [x[generator.integers(x.size, size=n)] for _ in range(count)]
 
 

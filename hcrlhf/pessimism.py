@@ -97,45 +97,42 @@ def bootstrap_pessimism(
     m: int | None = None,
     std_floor: float = STD_FLOOR,
 ) -> float:
-    """The least k with which a safety test fails with probability β at most.
+    """The (1 - β) quantile of (U(C*) - μ̂) / max(σ̂, floor) over samples C* of n of these values.
 
-    n costs C that are spread like these values are tested, by the bound U, on a limit that m
-    validation costs V of the same spread just satisfy:
-
-        P(U(C) > V̄ + k · max(std(V), floor)) <= β
-
-    Pairs of C and V, drawn with replacement from these values, stand for the probability. Without
-    the floor k would be a ratio of two numbers near 0 where the values hardly differ, and
+    U is the bound of the safety test, β the miss probability: with μ + pessimism · max(σ, floor) =
+    τ, a test on n prompts passes with probability 1 - β if its costs are spread like these.
+    Without the floor it would be a ratio of two numbers near 0 where the values hardly differ, and
     `Constraint.margin_std` would make any margin of it once they differ again.
 
     Args:
         values: of recent rollouts.
-        m: validation prompts that mean and spread will be known from. None: V is all the values.
+        m: validation prompts that μ and σ will be known from; C* is then drawn from m values which
+            are themselves drawn from these, as in `Constraint.pass_probability`. None: known.
     """
     values = finite_sample(values)
+    mean, std = float(values.mean()), float(values.std())
+    unit = max(std, std_floor)
     count = max(60, math.ceil(6 / miss_probability))
-    if m is not None:
+    if m is None:
+        samples = resamples(values, n, count)
+    else:
         check_validation_prompts(m)
-    known = [values] * count if m is None else resamples(values, m, count, seed=1)
-    moments = [(float(v.mean()), max(float(v.std()), std_floor)) for v in known]
-    tests = resamples(values, n, count)
-    allowed = math.floor(miss_probability * count)
-    upper = math.inf if within.upper is None else within.upper
+        generator = np.random.default_rng(0)
+        samples = [generator.choice(known, n) for known in resamples(values, m, count)]
+    allowed = math.floor(miss_probability * len(samples))
 
     def enough(pessimism: float) -> bool:
+        threshold = mean + pessimism * unit
         failed = 0
-        for (mean, unit), sample in zip(moments, tests, strict=True):
-            limit = mean + pessimism * unit
-            # A limit at the cap is met by every policy.
-            failed += limit < upper and not rule.passes(sample, limit, delta, within)
+        for sample in samples:
+            failed += not rule.passes(sample, threshold, delta, within)
             if failed > allowed:
                 return False
         return True
 
     # Up to the cap, or to where a sample of n could hardly be told from nothing.
-    mean, std = float(values.mean()), float(values.std())
-    unit = max(std, std_floor)
-    low, high = 0.0, 20.0 * std / unit if within.upper is None else (within.upper - mean) / unit
+    room = 20.0 * (std / unit) if within.upper is None else (within.upper - mean) / unit
+    low, high = 0.0, room
     for _ in range(10):
         middle = 0.5 * (low + high)
         low, high = (low, middle) if enough(middle) else (middle, high)

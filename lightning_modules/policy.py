@@ -506,8 +506,8 @@ class Policy(ScoredPolicy):
         """Gradients of one minibatch, a micro-batch at a time; token means over all of it.
 
         By its own tokens, as is usual: in a minibatch of few responses a short one weighs a little
-        more than a long one. With one divisor for all minibatches of a rollout, which would be
-        unbiased, PPO gained no more, perhaps less (docs/recipe.md).
+        more than a long one. One divisor for all minibatches of a rollout would be unbiased; where
+        it was tried PPO gained less, by that or by what was tried with it (docs/recipe.md).
 
         With several processes each takes its share of the rows; the gradients are theirs, to be
         summed, and the means are of all.
