@@ -71,7 +71,7 @@ def verify(
     schema = record.get("schema") if isinstance(record, dict) else None
     if isinstance(record, dict) and record.get("kind") == "human":
         return _run([lambda: _human(record, path, ledger, state)])
-    if isinstance(record, dict) and not {"claim", "bounds", "hash"} & record.keys():
+    if isinstance(record, dict) and {"safety_set", "reason"} & record.keys():  # plan or verdict
         raise InputError(f"{path} is no certificate; expected a run's {cert.CERTIFICATE_FILE}")
     if schema != cert.SCHEMA:
         detail = f"schema {_short(repr(schema))}; expected {cert.SCHEMA}"

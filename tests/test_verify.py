@@ -123,8 +123,9 @@ def test_the_folder_of_a_run_will_do_and_other_files_are_no_certificates(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", str(run)]) == PASSED
-    assert main(["verify", str(run / cert.PLAN_FILE)]) == BAD_INPUT
-    assert "plan.json is no certificate; expected a run's" in capsys.readouterr().err
+    for name in (cert.PLAN_FILE, cert.VERDICT_FILE):
+        assert main(["verify", str(run / name)]) == BAD_INPUT
+        assert f"{name} is no certificate; expected a run's" in capsys.readouterr().err
 
 
 def test_it_stays_verified_after_later_tests_in_the_same_ledger(run: Path, tmp_path: Path) -> None:
@@ -160,7 +161,7 @@ def test_exit_codes_say_verified_failed_and_unreadable(
     write_json(path, record)
     assert main(["verify", str(path)]) == FAILED == 5
     assert "NOT VERIFIED: " in capsys.readouterr().out
-    for bad in (run, run / "missing.json", run / "missing" / "certificate.json"):
+    for bad in (run.parent, run / "missing.json", run / "missing" / "certificate.json"):
         assert main(["verify", str(bad)]) == BAD_INPUT == 2
         assert capsys.readouterr().err.count("\n") == 1
 
