@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import replace
 
-from benchmarks.coverage import CAP, DISTRIBUTIONS, ROOT, generator, markdown
+from benchmarks.coverage import CAP, DISTRIBUTIONS, ROOT, generator, markdown, origin
 from benchmarks.recipe import interval
 from hcrlhf.constraint import Constraint
 from hcrlhf.methods import Betting, HallT
@@ -65,10 +65,10 @@ def main() -> None:
         body.append([name, *cells])
         print(" | ".join(body[-1]), file=sys.stderr, flush=True)
     lines = ["# How often a policy that training takes for safe enough fails its test", ""]
-    lines += ["Written by `python -m benchmarks.pessimism`; its docstring says what is run.", ""]
+    lines += ["The docstring of `benchmarks/pessimism.py` says what is run.", ""]
     lines += ["`miss_probability` is 5%, δ 2.5%; n safety prompts, m validation prompts.", ""]
+    lines += [*origin("python -m benchmarks.pessimism", [{"seconds": time.time() - began}]), ""]
     lines += [*markdown(head, body), ""]
-    lines += [f"{(time.time() - began) / 60:.0f} minutes in one process.", ""]
     (ROOT / "benchmarks" / "results" / "pessimism.md").write_text("\n".join(lines))
 
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from hcrlhf.errors import InputError
 from hcrlhf.hashing import replace_durably
-from hcrlhf.resume import FILE
+from hcrlhf.resume import FILE, read
 from hcrlhf.safety import SafetyTestable
 from hcrlhf.text import one_line
 
@@ -93,9 +91,10 @@ def require_readable(path: Path) -> None:
         InputError: the checkpoint holds what no later run would read.
     """
     try:
-        torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
+        read(path)
+    except InputError as error:
+        cause = one_line(error.__cause__ or error)
         raise InputError(
-            f"this checkpoint could not be read again ({one_line(error)}); the state_dict of every "
+            f"this checkpoint could not be read again ({cause}); the state_dict of every "
             "callback in the config may hold plain numbers, texts, lists, dicts and tensors alone"
         ) from error

@@ -474,6 +474,17 @@ def number(upper: float | None) -> str:
     return "∞" if upper is None else round_up(upper)
 
 
+def pass_figures(record: Mapping[str, Any]) -> str:
+    """What a certificate found, in one line; only a PASS may show it."""
+    bounds = [
+        f"{b['estimand']}: U {number(b['found']['upper'])}, limit {plain(b['threshold'])}"
+        for b in record["bounds"]
+    ]
+    data = record["data"]
+    cut = f"{data['truncated']} of {data['n']} responses cut at the length limit"
+    return "; ".join([*bounds, cut])
+
+
 def _origin(record: Mapping[str, Any]) -> str:
     plan, ledger = record["plan"], record["ledger"]
     if plan is None or ledger is None:

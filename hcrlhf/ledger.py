@@ -576,7 +576,8 @@ def forget(path: Path, state: Path | None = None) -> bool:
     with FileLock(f"{file}.lock"):
         heads = _read_state(state)
         kept = {k: v for k, v in heads.items() if v["path"] != str(path.resolve())}
-        _write_state(file, kept)
+        if len(kept) < len(heads):
+            _write_state(file, kept)
     return len(kept) < len(heads)
 
 

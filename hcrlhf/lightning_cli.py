@@ -47,8 +47,7 @@ from hcrlhf.certificate import (
     CERTIFICATE_FILE,
     PLAN_FILE,
     VERDICT_FILE,
-    number,
-    plain,
+    pass_figures,
     read_verdict,
     verdict_record,
 )
@@ -602,17 +601,6 @@ def _verdict_code(trainer: Trainer) -> int:
         if record["verdict"] == "PASS":
             print(f"  {pass_figures(read_json(path.with_name(CERTIFICATE_FILE)))}")
     return {"PASS": PASSED, "NO_SOLUTION_FOUND": NO_SOLUTION}.get(record["verdict"], NOT_TESTED)
-
-
-def pass_figures(certificate: Mapping[str, Any]) -> str:
-    """What a certificate found, in one line; only a PASS may show it."""
-    bounds = [
-        f"{b['estimand']}: U {number(b['found']['upper'])}, limit {plain(b['threshold'])}"
-        for b in certificate["bounds"]
-    ]
-    data = certificate["data"]
-    cut = f"{data['truncated']} of {data['n']} responses cut at the length limit"
-    return "; ".join([*bounds, cut])
 
 
 def _quiet() -> None:

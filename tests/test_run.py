@@ -20,8 +20,10 @@ from filelock import FileLock
 
 from hcrlhf.bounds import betting_upper
 from hcrlhf.cli import INTERRUPTED, NO_SOLUTION, PASSED, main
+from hcrlhf.configured import gate_of
 from hcrlhf.demo import CONFIGS, POLICIES, Demo
 from hcrlhf.hashing import folder_hashes, json_hash
+from hcrlhf.human import HumanLabels
 from hcrlhf.stages import held_out, read_prompt_keys
 from hcrlhf.text import Encoded, collate
 from hcrlhf.world import ModelSizes, WorldSizes
@@ -909,6 +911,20 @@ def test_a_trial_of_a_policy_is_not_tested_and_leaves_no_checkpoint(
         NOT_TESTED
     )
     assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_a_validation_that_would_never_come_is_one_line(
+    demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit_stage(demo, "sft", tmp_path / "sft", "--trainer.val_check_interval", "9999") == 2
+    assert "hcrlhf: trainer: " in capsys.readouterr().err
+
+
+def test_the_labels_that_a_config_asks_for_are_those_of_its_gate(tmp_path: Path) -> None:
+    labels = {"labels": 100, "limit": 0.2}
+    test = {"class_path": "callbacks.SafetyTest", "init_args": {"human": labels}}
+    gate = gate_of({"trainer": {"default_root_dir": str(tmp_path), "callbacks": [test]}})
+    assert gate is not None and gate.human == HumanLabels(**labels)
 
 
 def test_slurm_does_not_requeue_a_run_past_its_settings(

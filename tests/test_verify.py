@@ -119,6 +119,14 @@ def test_an_honest_certificate_is_verified_in_every_part(
     )
 
 
+def test_a_pass_is_said_with_what_was_found(record: Record) -> None:
+    upper = [cert.round_up(bound["found"]["upper"]) for bound in record["bounds"]]
+    assert cert.pass_figures(record) == (
+        f"mean: U {upper[0]}, limit 0; harm_rate: U {upper[1]}, limit 0.25; "
+        "0 of 30 responses cut at the length limit"
+    )
+
+
 def test_the_folder_of_a_run_will_do_and_other_files_are_no_certificates(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
